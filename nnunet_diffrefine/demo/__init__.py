@@ -1,0 +1,1 @@
+"""A synthetic brain-tumor dataset in nnU-Net's raw format, to try the package end to end without patient data."""

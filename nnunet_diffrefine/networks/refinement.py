@@ -1,0 +1,122 @@
+"""Stage one and refiner in one module that behaves like any nnU-Net network: image patch in, logits out.
+
+Because stage one's weights are part of the state dict, a model folder is self-contained: ``nnUNetv2_predict``, model
+zips, ensembling and model selection work unchanged. Stage one is averaged over its mirrored copies *inside* the
+network and refined once, instead of nnU-Net mirroring the whole module eight times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import combinations
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from nnunet_diffrefine.batch import Foreground
+from nnunet_diffrefine.config import SamplingConfig
+
+
+class Refiner(Protocol):
+    """What the network needs of a method: the corrected logits of a window."""
+
+    def refine(
+        self, denoiser: Callable[[Tensor, Tensor], Tensor], image: Tensor, prior: Tensor, generator: torch.Generator
+    ) -> Tensor:
+        """Image (B, C, *S) and prior (B, R, *S) -> logits (B, H, *S)."""
+
+
+def mirrored_mean(predict: Callable[..., Tensor], axes: Sequence[int], *inputs: Tensor) -> Tensor:
+    """Average ``predict`` over all mirrored copies of its inputs.
+
+    Args:
+        predict: function of tensors (B, ., *S) that returns (B, ., *S).
+        axes: spatial axes that may be mirrored, 0-based; empty for none.
+        inputs: tensors mirrored together.
+    """
+    flips = [c for n in range(len(axes) + 1) for c in combinations([axis + 2 for axis in axes], n)]
+    total = predict(*inputs)
+    for flip in flips[1:]:
+        total = total + torch.flip(predict(*(torch.flip(x, flip) for x in inputs)), flip)
+    return total / len(flips)
+
+
+class RefinementNetwork(nn.Module):
+    """Image patch (B, C, *S) -> nnU-Net logits (B, H, *S) of the corrected segmentation.
+
+    Deterministic: noise, where a method needs any, comes from the fixed seed of the settings, anew for each window,
+    so the result depends neither on tiling order nor on the number of processes.
+
+    Args:
+        stage_one: frozen network, (B, C, *S) -> logits (B, H, *S).
+        denoiser: trainable network of (input, t).
+        method: how the denoiser turns image and prior into logits.
+        foreground: meaning of the R foreground channels.
+        sampling: settings of the result.
+        stage_one_axes: spatial axes over whose mirrored copies stage one is averaged; empty for none.
+        refiner_axes: the same for the refiner.
+    """
+
+    def __init__(
+        self,
+        stage_one: nn.Module,
+        denoiser: nn.Module,
+        method: Refiner,
+        foreground: Foreground,
+        sampling: SamplingConfig,
+        stage_one_axes: Sequence[int] = (),
+        refiner_axes: Sequence[int] = (),
+    ) -> None:
+        super().__init__()
+        self.stage_one = stage_one.requires_grad_(False)
+        self.denoiser = denoiser
+        self.method = method
+        self.foreground = foreground
+        self.sampling = sampling
+        self.stage_one_axes = tuple(stage_one_axes)
+        self.refiner_axes = tuple(refiner_axes)
+
+    def train(self, mode: bool = True) -> RefinementNetwork:
+        """Switch the denoiser's mode; stage one always stays in evaluation mode."""
+        super().train(mode)
+        self.stage_one.eval()
+        return self
+
+    def forward(self, x: Tensor, t: Tensor | None = None) -> Tensor | list[Tensor]:
+        """Without ``t``: refined logits of image ``x`` (B, C, *S). With ``t`` (B,): the denoiser, as in training."""
+        if t is not None:
+            return self.denoiser(x, t)
+        return self.refined(x, self.stage_one_logits(x))
+
+    def stage_one_logits(self, image: Tensor) -> Tensor:
+        """Stage one's logits (B, H, *S), averaged over mirrored copies.
+
+        Raises:
+            ValueError: they are not finite.
+        """
+        logits = mirrored_mean(self.stage_one, self.stage_one_axes, image).float()
+        if not torch.isfinite(logits).all():
+            raise ValueError("Stage one's output is not finite: the image holds NaN or infinity. Repair the image.")
+        return logits
+
+    def refined(self, image: Tensor, stage_one_logits: Tensor) -> Tensor:
+        """Refine the windows in which stage one sees any foreground; the others pass through."""
+        prior = self.foreground.probabilities(stage_one_logits)
+        seen = prior.flatten(1).amax(1) >= self.sampling.min_foreground
+        if not seen.any():
+            return stage_one_logits
+        result = stage_one_logits.clone()
+        weight = self.sampling.stage_one_weight
+        logits = self.refine_window(image[seen], prior[seen]).float()
+        result[seen] = (1 - weight) * logits + weight * stage_one_logits[seen]
+        return result
+
+    def refine_window(self, image: Tensor, prior: Tensor) -> Tensor:
+        """Logits of the refiner alone, given image (B, C, *S) and prior probabilities (B, R, *S)."""
+        generator = torch.Generator(device=image.device).manual_seed(self.sampling.seed)
+
+        def refine(image: Tensor, prior: Tensor) -> Tensor:
+            return self.method.refine(self.denoiser, image, prior, generator)
+
+        return mirrored_mean(refine, self.refiner_axes, image, prior)

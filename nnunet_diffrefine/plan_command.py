@@ -1,0 +1,78 @@
+"""``nnUNetv2_diffrefine plan``: write a variant of the settings as plans of their own."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+
+from nnunet_diffrefine.config import ConfigError, RefineConfig
+from nnunet_diffrefine.plans import merge, preset, write_variant
+
+EPILOG = """example:
+  nnUNetv2_diffrefine plan -d 4 -o nnUNetPlans_3steps --set sampling.steps=3 process.state=discrete
+  nnUNetv2_train 4 3d_fullres 0 -tr DiffRefineTrainer -p nnUNetPlans_3steps
+The preprocessed data are those of the source plans: nothing is preprocessed again.
+"""
+
+
+def register(subparsers: Any) -> None:  # noqa: ANN401 (argparse's private type)
+    """Add the ``plan`` subcommand."""
+    parser = subparsers.add_parser(
+        "plan",
+        help="write a variant of a method's settings as plans, for nnUNetv2_train -p",
+        description="Copy nnU-Net plans and add a diffrefine block with other settings than the method's preset.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("-d", required=True, help="dataset id or name")
+    parser.add_argument("-c", default="3d_fullres", help="configuration to extend (default: %(default)s)")
+    parser.add_argument("-p", default="nnUNetPlans", help="plans to start from (default: %(default)s)")
+    parser.add_argument("-o", help="name of the new plans; needed unless --show is given")
+    parser.add_argument("-m", "--method", default="bridge", help="method whose preset is changed (default: %(default)s)")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings, e.g. sampling.steps=3")
+    parser.add_argument("--show", action="store_true", help="print the resulting settings and write nothing")
+    parser.set_defaults(func=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write or show the variant."""
+
+    changes = parse_changes(args.set)
+    if args.show:
+        config = RefineConfig.from_dict(merge(preset(args.method), changes))
+        print(json.dumps(config.to_dict(), indent=2))
+        return 0
+    if not args.o:
+        raise ConfigError("-o is missing: name the new plans, e.g. -o nnUNetPlans_3steps (or use --show).")
+    target = write_variant(maybe_convert_to_dataset_name(args.d), args.p, args.o, args.c, args.method, changes)
+    print(f"Wrote {target}\nTrain with: nnUNetv2_train {args.d} {args.c} FOLD -tr DiffRefineTrainer -p {args.o}")
+    return 0
+
+
+def parse_changes(pairs: list[str]) -> dict[str, Any]:
+    """``["sampling.steps=3"]`` -> ``{"sampling": {"steps": 3}}``; values are JSON, anything else a string.
+
+    Raises:
+        ConfigError: a pair has no ``=``.
+    """
+    changes: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals:
+            raise ConfigError(f"--set got {pair!r}; wanted KEY=VALUE, e.g. sampling.steps=3.")
+        *groups, name = key.split(".")
+        target = changes
+        for group in groups:
+            target = target.setdefault(group, {})
+        target[name] = _value(text)
+    return changes
+
+
+def _value(text: str) -> Any:  # noqa: ANN401 (any JSON value)
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text

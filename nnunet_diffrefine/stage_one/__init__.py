@@ -1,0 +1,1 @@
+"""Out-of-fold priors of stage one: export, storage, manifest and leak check."""

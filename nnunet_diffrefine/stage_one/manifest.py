@@ -1,0 +1,211 @@
+"""The manifest of an out-of-fold export: which model predicted which case, from what, and the files' fingerprints.
+
+``manifest.json`` lies beside the priors. It is rewritten as a whole after every case (temporary file, then
+``os.replace``) and only under a file lock, so several processes may export at once and a crash loses one case at most.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import dacite
+from filelock import FileLock
+
+from nnunet_diffrefine.batch import Foreground
+from nnunet_diffrefine.paths import MANIFEST, StageOneId
+from nnunet_diffrefine.stage_one.mending import export_command
+
+FORMAT = 1
+LOCK = "manifest.lock"
+
+
+@dataclass(frozen=True)
+class FoldRecord:
+    """The checkpoint that predicted a fold's validation cases: file name, SHA-256 and size in bytes."""
+
+    checkpoint: str
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class CaseRecord:
+    """One stored prior: the fold that predicted it, its shape [R, D, H, W], SHA-256 and size in bytes of its file."""
+
+    fold: int | str
+    shape: list[int]
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class ModelRecord:
+    """Stage one, and what it takes to rebuild and run its network.
+
+    Attributes:
+        trainer: nnU-Net trainer class name.
+        plans: plans identifier.
+        configuration: configuration name.
+        builder: name of the class that defines the trainer's ``build_network_architecture``.
+        architecture: the configuration's ``architecture`` block.
+        mirror_axes: spatial axes of nnU-Net's mirroring at inference, or None.
+        tile_step_size: sliding window step as a share of the patch.
+    """
+
+    trainer: str
+    plans: str
+    configuration: str
+    builder: str
+    architecture: dict[str, Any]
+    mirror_axes: list[int] | None
+    tile_step_size: float
+
+    @property
+    def stage_one(self) -> StageOneId:
+        """Trainer, plans and configuration."""
+        return StageOneId(self.trainer, self.plans, self.configuration)
+
+
+@dataclass(frozen=True)
+class ForegroundRecord:
+    """What the R channels of a prior mean; ``labels`` for label datasets, ``regions`` for region datasets."""
+
+    names: list[str]
+    exclusive: bool
+    ignore_label: int | None
+    labels: list[int] | None = None
+    regions: list[Any] | None = None
+
+    @property
+    def foreground(self) -> Foreground:
+        """The same as the value that travels through training."""
+        return Foreground(tuple(self.names), self.exclusive, self.ignore_label)
+
+    @classmethod
+    def from_dataset_json(cls, dataset_json: Mapping[str, Any]) -> ForegroundRecord:
+        """Read nnU-Net's ``dataset.json``: labels in ascending order of their value, regions in the file's order."""
+        labels = {name: _plain(value) for name, value in dataset_json["labels"].items()}
+        ignore = labels.pop("ignore", None)
+        inside = {name: value for name, value in labels.items() if value != 0}
+        if any(isinstance(value, list) for value in inside.values()):
+            return cls(list(inside), False, ignore, regions=list(inside.values()))
+        names = sorted(inside, key=lambda name: inside[name])
+        return cls(names, True, ignore, labels=[inside[name] for name in names])
+
+
+def _plain(value: Any) -> Any:
+    """A label's value as an int, a region's as a list of ints; a region of one label is that label, as in nnU-Net."""
+    if not isinstance(value, (list, tuple)):
+        return int(value)
+    return int(value[0]) if len(set(value)) == 1 else [int(v) for v in value]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything known about an export; see the module's text. ``folds`` and ``cases`` grow while it runs."""
+
+    dataset: str
+    stage_one: ModelRecord
+    data_identifier: str
+    preprocessing_sha256: str
+    splits_sha256: str
+    foreground: ForegroundRecord
+    nnunetv2: str
+    folds: dict[int | str, FoldRecord] = field(default_factory=dict)
+    cases: dict[str, CaseRecord] = field(default_factory=dict)
+    format: int = FORMAT
+
+    def same_source(self, other: Manifest) -> bool:
+        """Whether both were made from the same data, splits and model; folds, cases and nnU-Net's version aside."""
+        blank = {"folds": {}, "cases": {}, "nnunetv2": ""}
+        return replace(self, **blank) == replace(other, **blank)
+
+    def with_fold(self, fold: int, record: FoldRecord) -> Manifest:
+        """Enter a fold's checkpoint; cases that another checkpoint of this fold predicted are dropped."""
+        if self.folds.get(fold) == record:
+            return self
+        cases = {name: case for name, case in self.cases.items() if case.fold != fold}
+        return replace(self, folds={**self.folds, fold: record}, cases=cases)
+
+    def with_case(self, name: str, record: CaseRecord) -> Manifest:
+        """Enter a case, replacing what was known about it."""
+        return replace(self, cases={**self.cases, name: record})
+
+    def to_json(self) -> str:
+        """The file's text."""
+        return json.dumps(asdict(self), indent=1)
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """Read ``folder/manifest.json``.
+
+        Raises:
+            RuntimeError: the file is missing, no valid JSON, has a key twice or a foreign format; the message names
+                the command that mends it.
+        """
+        path = folder / MANIFEST
+        if not path.is_file():
+            raise RuntimeError(f"No out-of-fold export: {path} does not exist. Make it: {_command(folder)}")
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique_keys)
+            if not isinstance(values, dict) or values.get("format") != FORMAT:
+                found = values.get("format") if isinstance(values, dict) else None
+                raise ValueError(f"its format is {found!r}, this version reads {FORMAT}")
+            values["folds"] = {_fold(key): record for key, record in values.get("folds", {}).items()}
+            return dacite.from_dict(cls, values, dacite.Config(strict=True))
+        except (ValueError, AttributeError, dacite.DaciteError) as error:
+            raise RuntimeError(
+                f"Cannot use {path}: {error}. Delete it and export again: rm '{path}' && {_command(folder)}"
+            ) from error
+
+    def write(self, folder: Path) -> None:
+        """Write ``folder/manifest.json`` atomically."""
+        write_atomically(folder / MANIFEST, self.to_json().encode())
+
+
+def update(folder: Path, change: Callable[[Manifest | None], Manifest]) -> Manifest:
+    """Read, change and write the manifest of ``folder`` under its lock; ``change`` gets None where there is none yet.
+
+    Raises:
+        RuntimeError: the manifest on disk is broken.
+    """
+    with FileLock(folder / LOCK):
+        before = Manifest.read(folder) if (folder / MANIFEST).is_file() else None
+        after = change(before)
+        if after is not before:
+            after.write(folder)
+    return after
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write ``content`` to ``path`` so that readers see the old file or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    if twice := sorted({key for key in keys if keys.count(key) > 1}):
+        raise ValueError(f"key(s) {', '.join(twice)} appear more than once")
+    return dict(pairs)
+
+
+def _fold(key: str) -> int | str:
+    return key if key == "all" else int(key)
+
+
+def _command(folder: Path) -> str:
+    """The export command of the folder ``nnUNet_preprocessed/DATASET/diffrefine/TRAINER__PLANS__CONFIG``."""
+    try:
+        return export_command(folder.parents[1].name, StageOneId.from_name(folder.name))
+    except (ValueError, IndexError):
+        return "nnUNetv2_diffrefine export (see its --help)"

@@ -1,0 +1,1 @@
+"""Trainers: nnU-Net's training loop around a denoiser."""

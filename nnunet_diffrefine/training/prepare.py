@@ -1,0 +1,171 @@
+"""Everything that must hold before a refiner fold may train: settings, stage one, out-of-fold priors."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from nnunet_diffrefine.config import BLOCK, RefineConfig, StageOneConfig
+from nnunet_diffrefine.paths import (
+    MANIFEST,
+    StageOneId,
+    export_folder,
+    exports_folder,
+    fold_folder,
+    model_folder,
+    splits_file,
+)
+from nnunet_diffrefine.plans import Resolved, settings, with_block
+from nnunet_diffrefine.stage_one.leak import check_out_of_fold
+from nnunet_diffrefine.stage_one.manifest import Manifest
+from nnunet_diffrefine.stage_one.store import PriorStore
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a trainer needs, all checked.
+
+    Attributes:
+        plans: plans with the resolved block.
+        config: settings.
+        resolved: record that goes into the model folder.
+        store: stage one's out-of-fold predictions.
+        checkpoint: stage one's checkpoint of this fold.
+    """
+
+    plans: dict[str, Any]
+    config: RefineConfig
+    resolved: Resolved
+    store: PriorStore
+    checkpoint: Path
+
+
+def prepare(
+    trainer: str, method: str, plans: dict[str, Any], configuration: str, fold: int | str, dataset_json: dict[str, Any]
+) -> Prepared:
+    """Resolve settings and stage one, and check that every prior is out-of-fold, before anything is written.
+
+    Args:
+        trainer: class name of the refiner's trainer.
+        method: name of its method.
+        plans: nnU-Net's plans.
+        configuration: name of the configuration to train.
+        fold: fold to train.
+        dataset_json: nnU-Net's dataset description.
+
+    Raises:
+        NotImplementedError: a 2D or cascade configuration.
+        ConfigError: a setting that cannot be used.
+        RuntimeError: no export, several to choose from, fold ``all``, or a leak (:class:`LeakError`).
+    """
+    dataset = plans["dataset_name"]
+    settled = _inherited(plans, configuration)
+    _refuse_unsupported(settled, configuration)
+    config = settings(settled, method)
+    stage_one = find_export(dataset, config.stage_one, StageOneId("", plans["plans_name"], configuration))
+    _refuse_fold(dataset, stage_one, fold)
+    folder = export_folder(dataset, stage_one)
+    manifest = Manifest.read(folder)
+    splits = json.loads(splits_file(dataset).read_text())
+    check_out_of_fold(
+        manifest, folder, splits, model_folder(dataset, stage_one), configuration=settled, dataset_json=dataset_json
+    )
+    resolved = Resolved(asdict(manifest.foreground.foreground), asdict(manifest.stage_one))
+    checkpoint = fold_folder(dataset, stage_one, fold) / manifest.folds[int(fold)].checkpoint
+    plans = with_block(plans, configuration, config, resolved)
+    own_folder = model_folder(dataset, StageOneId(trainer, plans["plans_name"], configuration))
+    refuse_mixed_settings(own_folder, fold, plans, configuration)
+    return Prepared(plans, config, resolved, PriorStore(folder), checkpoint)
+
+
+def find_export(dataset: str, wanted: StageOneConfig, own: StageOneId) -> StageOneId:
+    """The export to refine: the one the settings name, else the only one there is for these plans, or at all.
+
+    Args:
+        dataset: full dataset name.
+        wanted: names, or ``auto``.
+        own: plans and configuration of the refiner.
+
+    Raises:
+        RuntimeError: none fits, or several do.
+    """
+    root = exports_folder(dataset)
+    found = [StageOneId.from_name(f.parent.name) for f in sorted(root.glob(f"*/{MANIFEST}"))]
+    fitting = [i for i in found if all(getattr(wanted, k) in ("auto", getattr(i, k)) for k in _ID_KEYS)]
+    same = [i for i in fitting if (i.plans, i.configuration) == (own.plans, own.configuration)]
+    fitting = same or fitting
+    if not fitting:
+        trainer = "nnUNetTrainer" if wanted.trainer == "auto" else wanted.trainer
+        plans = own.plans if wanted.plans == "auto" else wanted.plans
+        there = f" Exports there are: {', '.join(i.name for i in found)}." if found else ""
+        raise RuntimeError(
+            f"No out-of-fold predictions of stage one in {root}.{there} Export them with\n"
+            f"  nnUNetv2_diffrefine export -d {dataset} -c {own.configuration} -tr {trainer} -p {plans}"
+        )
+    if len(fitting) > 1:
+        raise RuntimeError(
+            f"Several stage ones are exported for {dataset}: {', '.join(i.name for i in fitting)}. Choose one with\n"
+            f"  nnUNetv2_diffrefine plan -d {dataset} -c {own.configuration} -p {own.plans} -o NEW_PLANS "
+            f"--set stage_one.trainer={fitting[0].trainer}\nand train with -p NEW_PLANS."
+        )
+    return fitting[0]
+
+
+_ID_KEYS = ("trainer", "plans", "configuration")
+
+
+def refuse_mixed_settings(folder: Path, fold: int | str, plans: dict[str, Any], configuration: str) -> None:
+    """Refuse to train a fold into a model folder whose other folds have other settings.
+
+    nnU-Net keeps one ``plans.json`` a model folder, so folds of different settings cannot share it.
+
+    Raises:
+        RuntimeError: another trained fold was made with other settings.
+    """
+    others = [f.parent.name for f in folder.glob("fold_*/checkpoint_*.pth") if f.parent.name != f"fold_{fold}"]
+    file = folder / "plans.json"
+    if not others or not file.is_file():
+        return
+    before = json.loads(file.read_text())["configurations"].get(configuration, {}).get(BLOCK)
+    now = json.loads(json.dumps(plans["configurations"][configuration][BLOCK]))
+    if before is not None and before != now:
+        differing = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
+        raise RuntimeError(
+            f"{folder} holds {', '.join(sorted(set(others)))} trained with other diffrefine settings "
+            f"({', '.join(differing)}). Train this fold with the same settings, or write the new ones under another "
+            "plans name (nnUNetv2_diffrefine plan -o NEW_PLANS) and train with -p NEW_PLANS."
+        )
+
+
+def _inherited(plans: dict[str, Any], configuration: str) -> dict[str, Any]:
+    """A configuration with what it inherits; shallow, as nnU-Net resolves it."""
+    if configuration not in plans["configurations"]:
+        raise RuntimeError(f"Configuration '{configuration}' is not in the plans: {sorted(plans['configurations'])}.")
+    values = plans["configurations"][configuration]
+    parent = values.get("inherits_from")
+    return {**_inherited(plans, parent), **values} if parent else dict(values)
+
+
+def _refuse_unsupported(configuration: dict[str, Any], name: str) -> None:
+    if len(configuration["patch_size"]) != 3:
+        raise NotImplementedError(f"Configuration '{name}' is 2D; the refiner works in 3D. Use 3d_fullres.")
+    if configuration.get("previous_stage"):
+        raise NotImplementedError(f"Configuration '{name}' is a cascade stage; refine its result with 3d_fullres.")
+
+
+def _refuse_fold(dataset: str, stage_one: StageOneId, fold: int | str) -> None:
+    if fold == "all":
+        raise RuntimeError(
+            "Fold 'all' cannot be refined: a model trained on all cases has no out-of-fold prediction of any of them. "
+            "Train folds 0..4 instead and predict with -f 0 1 2 3 4."
+        )
+    file = splits_file(dataset)
+    if not file.is_file():
+        raise RuntimeError(f"{file} is missing. Train stage one first: nnUNetv2_train {dataset} "
+                           f"{stage_one.configuration} 0 -tr {stage_one.trainer} -p {stage_one.plans}")
+    folds = len(json.loads(file.read_text()))
+    if not 0 <= int(fold) < folds:
+        raise RuntimeError(f"Fold {fold} is not in {file}, which defines folds 0..{folds - 1}.")
+

@@ -1,0 +1,281 @@
+"""``DiffRefineTrainer``: nnU-Net's training loop around a denoiser that corrects stage one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
+from nnunetv2.training.loss.dice import get_tp_fp_fn_tn
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.collate_outputs import collate_outputs
+from torch import Tensor, nn
+
+from nnunet_diffrefine.batch import RefineBatch
+from nnunet_diffrefine.config import RefineConfig
+from nnunet_diffrefine.data import PriorDataset, PriorTransform
+from nnunet_diffrefine.networks.refinement import RefinementNetwork
+from nnunet_diffrefine.training.build import build_network
+from nnunet_diffrefine.training.curves import RefinementCurves
+from nnunet_diffrefine.training.optimisation import WarmupCosine, ema_model, swapped_weights
+from nnunet_diffrefine.training.prepare import prepare
+
+
+class DiffRefineTrainer(nnUNetTrainer):
+    """Train a refiner on stage one's out-of-fold predictions, on any 3D configuration nnU-Net planned.
+
+    Overridden hooks, everything else is nnU-Net's: ``__init__`` (checks first), ``build_network_architecture``,
+    ``initialize`` (stage one's weights, EMA), ``configure_optimizers``, mirroring axes (mirroring happens inside the
+    network), datasets and transforms (the prior travels along), ``train_step``, ``validation_step`` and the epoch
+    hooks around them, ``set_deep_supervision_enabled``, checkpoints (EMA weights for inference, raw ones to resume),
+    ``perform_actual_validation`` (with EMA weights).
+    """
+
+    method: ClassVar[str] = "bridge"
+
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),  # noqa: B008 (nnU-Net's signature)
+    ) -> None:
+        prepared = prepare(type(self).__name__, self.method, plans, configuration, fold, dataset_json)
+        super().__init__(prepared.plans, configuration, fold, dataset_json, device)
+        self.config: RefineConfig = prepared.config
+        self.foreground = prepared.resolved.channels()
+        self.store = prepared.store
+        self.stage_one_checkpoint = prepared.checkpoint
+        self.initial_lr = self.config.training.learning_rate
+        self.weight_decay = self.config.training.weight_decay
+        self.enable_deep_supervision = self.config.training.deep_supervision
+        self.curves = RefinementCurves()
+        self.step_in_epoch = 0
+        self.generator = torch.Generator(device=self.device)
+
+    @staticmethod
+    def build_network_architecture(
+        plans_manager: Any,  # noqa: ANN401
+        configuration_manager: Any,  # noqa: ANN401
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = True,
+    ) -> nn.Module:
+        """Stage one plus refiner, from the plans' ``diffrefine`` block; called by nnU-Net, at prediction too."""
+        return build_network(
+            plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
+        )
+
+    def initialize(self) -> None:
+        """nnU-Net's set-up, then stage one's weights, the averaged denoiser and, on CUDA, its compilation."""
+        super().initialize()
+        network = self.refinement
+        checkpoint = torch.load(self.stage_one_checkpoint, map_location="cpu", weights_only=False)
+        weights = {k.removeprefix("module."): v for k, v in checkpoint["network_weights"].items()}
+        network.stage_one.load_state_dict(weights)
+        if self.config.training.initial_weights == "stage_one":
+            copied = network.denoiser.start_from(weights)
+            self.print_to_log_file(f"The denoiser starts from {copied} tensors of stage one.")
+        self.ema = ema_model(network.denoiser, self.config.training.ema_decay)
+        wanted, self.enable_deep_supervision = self.enable_deep_supervision, False
+        self.validation_loss = self._build_loss()
+        self.enable_deep_supervision = wanted
+        if super()._do_i_compile():
+            network.denoiser.compile()
+
+    def _do_i_compile(self) -> bool:
+        # Only the denoiser is compiled (initialize): sampling has branches that depend on the data.
+        return False
+
+    @property
+    def refinement(self) -> RefinementNetwork:
+        """The network without its distributed wrapper."""
+        return self.network.module if self.is_ddp else self.network
+
+    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, WarmupCosine]:
+        """AdamW on the denoiser alone; warm-up, then cosine."""
+        parameters = self.network.denoiser.parameters()
+        optimizer = torch.optim.AdamW(parameters, self.initial_lr, weight_decay=self.weight_decay)
+        return optimizer, WarmupCosine(optimizer, self.initial_lr, self.num_epochs, self.config.training.warmup)
+
+    def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple:  # noqa: N802 (nnU-Net's name)
+        """As nnU-Net, but mirroring at inference is the network's own, so nnU-Net's is switched off."""
+        settings = super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        self.inference_allowed_mirroring_axes = None
+        return settings
+
+    def get_tr_and_val_datasets(self) -> tuple[PriorDataset, PriorDataset]:
+        """nnU-Net's datasets, carrying the prior."""
+        training, validation = super().get_tr_and_val_datasets()
+        return PriorDataset(training, self.store), PriorDataset(validation, self.store)
+
+    @staticmethod
+    def get_training_transforms(*args: Any, **kwargs: Any) -> BasicTransform:  # noqa: ANN401 (nnU-Net's arguments)
+        """nnU-Net's augmentation; the prior moves with the image, its values stay."""
+        return PriorTransform(nnUNetTrainer.get_training_transforms(*args, **kwargs), _prior_channels(kwargs))
+
+    @staticmethod
+    def get_validation_transforms(*args: Any, **kwargs: Any) -> BasicTransform:  # noqa: ANN401 (nnU-Net's arguments)
+        """nnU-Net's validation transforms, with the prior."""
+        return PriorTransform(nnUNetTrainer.get_validation_transforms(*args, **kwargs), _prior_channels(kwargs))
+
+    def set_deep_supervision_enabled(self, enabled: bool) -> None:
+        """Switch the denoiser between one output and one a decoder stage."""
+        self.refinement.denoiser.deep_supervision = enabled
+
+    def refine_batch(self, batch: dict) -> RefineBatch:
+        """A loader's batch on the device."""
+        data, target = batch["data"], batch["target"]
+        move = lambda x: x.to(self.device, non_blocking=True)  # noqa: E731
+        target = [move(x) for x in target] if isinstance(target, list) else move(target)
+        return RefineBatch.from_nnunet(move(data), target, self.foreground)
+
+    def on_train_epoch_start(self) -> None:
+        """Start an epoch with draws that depend on fold, epoch and rank alone."""
+        super().on_train_epoch_start()
+        self.step_in_epoch = 0
+        self.generator.manual_seed(1_000_003 * (self.fold + 1) + 1_009 * self.current_epoch + self.local_rank)
+
+    def train_step(self, batch: dict) -> dict:
+        """One optimiser step on the method's loss."""
+        self.lr_scheduler.step(self.current_epoch + self.step_in_epoch / self.num_iterations_per_epoch)
+        self.step_in_epoch += 1
+        self.optimizer.zero_grad(set_to_none=True)
+        with mixed_precision(self.device):
+            loss = self.refinement.method.loss(self.network, self.refine_batch(batch), self.loss, self.generator)
+        self._optimise(loss)
+        self.ema.update_parameters(self.refinement.denoiser)
+        return {"loss": loss.detach().cpu().numpy()}
+
+    def _optimise(self, loss: Tensor) -> None:
+        parameters, limit = self.refinement.denoiser.parameters(), self.config.training.gradient_clip
+        if self.grad_scaler is None:
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, limit)
+            self.optimizer.step()
+            return
+        self.grad_scaler.scale(loss).backward()
+        self.grad_scaler.unscale_(self.optimizer)
+        nn.utils.clip_grad_norm_(parameters, limit)
+        self.grad_scaler.step(self.optimizer)
+        self.grad_scaler.update()
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Use the averaged (EMA) weights inside the block."""
+        with swapped_weights(self.refinement.denoiser, self.ema):
+            yield
+
+    def on_validation_epoch_start(self) -> None:
+        """Validate what inference will use: the averaged weights, without deep supervision."""
+        super().on_validation_epoch_start()
+        self._swap = self.averaged_weights()
+        self._swap.__enter__()
+        self.set_deep_supervision_enabled(False)
+
+    def validation_step(self, batch: dict) -> dict:
+        """Refine a batch from its out-of-fold prior; count hits and misses before and after."""
+        b = self.refine_batch(batch)
+        target = b.target[0] if isinstance(b.target, list) else b.target
+        stage_one = self.foreground.logits(b.prior)
+        with torch.no_grad(), mixed_precision(self.device):
+            logits = self.refinement.refined(b.image, stage_one)
+            loss = self.validation_loss(logits, target)
+        counts = {"loss": loss.detach().cpu().numpy()}
+        for name, decided in (("", logits), ("stage_one_", stage_one)):
+            tp, fp, fn, _ = get_tp_fp_fn_tn(
+                self.foreground.decide(decided), b.reference, axes=(0, 2, 3, 4), mask=b.valid
+            )
+            counts |= {f"{name}{k}_hard": v.cpu().numpy() for k, v in (("tp", tp), ("fp", fp), ("fn", fn))}
+        return counts
+
+    def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
+        """nnU-Net's pseudo Dice of the refined patches, and ours beside it: stage one, refined, change."""
+        self.set_deep_supervision_enabled(self.enable_deep_supervision)
+        self._swap.__exit__(None, None, None)
+        super().on_validation_epoch_end(val_outputs)
+        before = self._stage_one_dice(val_outputs)
+        after = float(self.logger.get_value("mean_fg_dice", step=-1))
+        self.curves.log(self.current_epoch, before, after)
+        for logger in self.logger.loggers:
+            logger.log("stage_one_dice", before, self.current_epoch)
+        self.print_to_log_file(f"Dice: stage one {before:.4f}, refined {after:.4f}, change {after - before:+.4f}")
+
+    def _stage_one_dice(self, val_outputs: list[dict]) -> float:
+        outputs = collate_outputs(val_outputs)
+        counts = np.stack([np.sum(outputs[f"stage_one_{k}_hard"], 0) for k in ("tp", "fp", "fn")])
+        if self.is_ddp:
+            everyone: list = [None] * dist.get_world_size()
+            dist.all_gather_object(everyone, counts)
+            counts = np.sum(everyone, 0)
+        tp, fp, fn = counts
+        with np.errstate(invalid="ignore"):
+            return float(np.nanmean(2 * tp / (2 * tp + fp + fn)))
+
+    def on_epoch_end(self) -> None:
+        """nnU-Net's end of an epoch, and the refinement curves."""
+        super().on_epoch_end()
+        if self.local_rank == 0:
+            self.curves.save(Path(self.output_folder))
+
+    def save_checkpoint(self, filename: str) -> None:
+        """Write nnU-Net's checkpoint with the averaged weights, plus what resuming needs, atomically."""
+        if self.local_rank != 0 or self.disable_checkpointing:
+            super().save_checkpoint(filename)
+            return
+        temporary = f"{filename}.tmp"
+        with self.averaged_weights():
+            super().save_checkpoint(temporary)
+        checkpoint = torch.load(temporary, map_location="cpu", weights_only=False)
+        checkpoint["diffrefine"] = {
+            "denoiser": self.refinement.denoiser.state_dict(),
+            "ema": self.ema.state_dict(),
+            "curves": self.curves.columns,
+        }
+        torch.save(checkpoint, temporary)
+        os.replace(temporary, filename)
+
+    def load_checkpoint(self, filename_or_checkpoint: str) -> None:
+        """Restore nnU-Net's state, then the raw and averaged weights and the curves.
+
+        Raises:
+            RuntimeError: the file cannot be read, or no trainer of this package wrote it.
+        """
+        try:
+            checkpoint = torch.load(filename_or_checkpoint, map_location=self.device, weights_only=False)
+            extra = checkpoint["diffrefine"]
+        except (RuntimeError, EOFError, KeyError, OSError) as error:
+            raise RuntimeError(
+                f"{filename_or_checkpoint} is not a complete checkpoint of {type(self).__name__} ({error}). "
+                "Delete it; --c then continues from the next older one (latest, best), or starts anew."
+            ) from error
+        super().load_checkpoint(filename_or_checkpoint)
+        self.refinement.denoiser.load_state_dict(extra["denoiser"])
+        self.ema.load_state_dict(extra["ema"])
+        self.curves = RefinementCurves(*(list(column) for column in extra["curves"]))
+
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        """nnU-Net's validation of the network that users get: averaged weights, stage one inside."""
+        with self.averaged_weights():
+            super().perform_actual_validation(save_probabilities)
+
+
+def mixed_precision(device: torch.device) -> AbstractContextManager:
+    """Autocast as nnU-Net's on CUDA; bf16 on CPUs that have it in hardware; nothing elsewhere."""
+    if device.type == "cuda":
+        return torch.autocast("cuda")
+    if device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return torch.autocast("cpu", torch.bfloat16)
+    return nullcontext()
+
+
+def _prior_channels(arguments: dict) -> int:
+    regions = arguments["regions"]
+    return len(arguments["foreground_labels"] if regions is None else regions)
