@@ -47,20 +47,17 @@ try:
     pickles = pickle.loads(pickle.dumps(first)) is first
 except pickle.PicklingError:
     pickles = False
-report = {
-    "same": first is second,
-    "pickles": pickles,
-    "module": first.__module__,
-    "file": getattr(module, "__file__", None),
-}
+report = {"same": first is second, "pickles": pickles, "module": first.__module__}
+report["file"] = getattr(module, "__file__", None)
 """
 
 _DEVICE = """
 import torch
-cuda = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+cuda = [torch.cuda.get_device_properties(i) for i in range(count)]
 features = getattr(torch.cpu, "get_capabilities", dict)()
 report = {
-    "cuda": [f"{torch.cuda.get_device_name(i)}, {torch.cuda.mem_get_info(i)[1] / 2**30:.0f} GiB" for i in cuda],
+    "cuda": [f"{device.name}, {device.total_memory / 2**30:.0f} GiB" for device in cuda],
     "mps": torch.backends.mps.is_available(),
     "bf16": any(bool(on) for name, on in features.items() if "bf16" in name) if features else None,
 }
@@ -106,39 +103,37 @@ def _probe(code: str, *arguments: str, environment: Mapping[str, str] | None = N
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _installed(distribution: str) -> str | None:
+def _installed(distribution: str) -> tuple[str, tuple[int, ...]]:
+    """The version of an installed distribution, as text and as up to three numbers."""
     try:
-        return metadata.version(distribution)
+        version = metadata.version(distribution)
     except metadata.PackageNotFoundError:
-        return None
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
+        return "not installed", ()
+    return version, tuple(int(part) for part in re.findall(r"\d+", version)[:3])
 
 
 def check_python() -> Result:
     """Python 3.10 or newer."""
     found = f"{platform.python_version()} ({sys.executable})"
-    if _numbers(platform.python_version()) >= PYTHON_FROM:
+    if sys.version_info[:2] >= PYTHON_FROM:
         return Result("Python", "ok", found)
     return Result("Python", "fail", found, "Install nnunet-diffrefine in an environment with Python 3.10 or newer.")
 
 
 def check_nnunet() -> Result:
     """An nnU-Net version whose extension points are the ones this package uses."""
-    version = _installed("nnunetv2")
-    if version and NNUNET_FROM <= _numbers(version) < NNUNET_BELOW:
+    version, numbers = _installed("nnunetv2")
+    if NNUNET_FROM <= numbers < NNUNET_BELOW:
         return Result("nnU-Net", "ok", version)
-    return Result("nnU-Net", "fail", version or "not installed", 'pip install "nnunetv2>=2.8.1,<2.9"')
+    return Result("nnU-Net", "fail", version, 'pip install "nnunetv2>=2.8.1,<2.9"')
 
 
 def check_torch() -> Result:
-    """Not PyTorch 2.9, whose 3D convolutions in mixed precision are about four times slower."""
-    version = _installed("torch")
-    if version and _numbers(version)[:2] != (2, 9):
+    """Not PyTorch 2.9, which nnU-Net excludes: its 3D convolutions in mixed precision are about four times slower."""
+    version, numbers = _installed("torch")
+    if numbers and numbers[:2] != (2, 9):
         return Result("PyTorch", "ok", version)
-    return Result("PyTorch", "fail", version or "not installed", f"torch 2.9 is excluded by nnU-Net. {_SAME_INDEX}")
+    return Result("PyTorch", "fail", version, f"nnU-Net needs PyTorch, but not 2.9. {_SAME_INDEX}")
 
 
 def check_torchvision() -> Result:
@@ -200,7 +195,7 @@ def check_trainer_look_up() -> Result:
 def _look_up_mend(error: str) -> str:
     if re.search("torchvision|timm", error):
         return _SAME_INDEX
-    if "nnunet_diffrefine" in error:
+    if "No module named 'nnunet_diffrefine" in error:
         return f"Install the package where nnU-Net is installed: {sys.executable} -m pip install nnunet-diffrefine"
     return f"Reinstall nnunet-diffrefine; if {VARIABLE} lists other folders, see whether it works without them."
 
@@ -250,7 +245,7 @@ CHECKS: tuple[Callable[[], Result], ...] = (
 )
 
 
-def examine(checks: Sequence[Callable[[], Result]] = CHECKS) -> Iterator[Result]:
+def examine(checks: Sequence[Callable[[], Result]]) -> Iterator[Result]:
     """Run the checks in order, yielding each result as it is there; a check that cannot finish is a failed one."""
     for number, check in enumerate(checks, 1):
         _progress(f"check {number} of {len(checks)}, some take 10 s ...")
@@ -292,7 +287,7 @@ def run(args: argparse.Namespace) -> int:
     results = []
     if not args.json:
         print(f"nnunet-diffrefine {__version__} in {PACKAGE}", flush=True)
-    for result in examine():
+    for result in examine(CHECKS):
         results.append(result)
         if not args.json:
             print(row(result), flush=True)

@@ -1,4 +1,4 @@
-"""Geometry of the phantom: a brain and its tumors as soft tissue fractions.
+"""Geometry of the phantom: a brain and its tumours as soft tissue fractions.
 
 Every structure is the region where a level function f is positive. f is built from distances in mm and band-limited
 noise, so that outlines are smooth yet irregular. A voxel straddling f = 0 is covered in part (:func:`coverage`).
@@ -18,7 +18,7 @@ Field = NDArray[np.float32]  # (z, y, x)
 Labels = NDArray[np.uint8]  # (z, y, x)
 Mask = NDArray[np.bool_]  # (z, y, x)
 
-HEAD_SHARE = 0.46  # semi-axes of the brain, as a share of the field of view
+HEAD_SHARE = 0.44  # semi-axes of the brain, as a share of the field of view
 CSF_HALF_WIDTH, RIBBON = 0.045, 0.19  # of a sulcus and of cortex plus sulcus, as shares of the brain radius
 
 
@@ -49,7 +49,7 @@ class Label(IntEnum):
 
 @dataclass(frozen=True)
 class Grid:
-    """Voxel grid centered on the head.
+    """Voxel grid centred on the head.
 
     Attributes:
         shape: voxels along z, y, x.
@@ -70,19 +70,19 @@ class Grid:
         return float(self.semi_axes.min())
 
     def positions(self) -> Field:
-        """Voxel centers in mm from the center of the head, (3, z, y, x)."""
+        """Voxel centres in mm from the centre of the head, (3, z, y, x)."""
         axes = [(np.arange(n) - (n - 1) / 2) * h for n, h in zip(self.shape, self.spacing, strict=True)]
         return np.stack(np.meshgrid(*axes, indexing="ij")).astype(np.float32)
 
 
 @dataclass(frozen=True)
 class Lesion:
-    """Where a tumor sits and how large it is; lengths in mm.
+    """Where a tumour sits and how large it is; lengths in mm.
 
     Attributes:
-        center: (3,), from the center of the head.
-        axes: (3, 3), rotation and stretching into the frame in which the tumor is a ball.
-        outer: radius of the whole tumor.
+        center: (3,), from the centre of the head.
+        axes: (3, 3), rotation and stretching into the frame in which the tumour is a ball.
+        outer: radius of the whole tumour.
         core: radius of its core.
     """
 
@@ -98,7 +98,7 @@ def smooth_noise(rng: np.random.Generator, grid: Grid, wavelength: float) -> Fie
     Args:
         rng: source of randomness.
         grid: voxel grid.
-        wavelength: center of the band in mm; its standard deviation is half the center frequency.
+        wavelength: centre of the band in mm; its standard deviation is half the centre frequency.
     """
     frequencies = [fft.fftfreq(n, h) for n, h in zip(grid.shape[:2], grid.spacing[:2], strict=True)]
     frequencies.append(fft.rfftfreq(grid.shape[2], grid.spacing[2]))
@@ -133,13 +133,13 @@ def paint(fractions: Field, tissue: Tissue, alpha: Field | float) -> None:
 
 
 def ellipsoid(position: Field, center: tuple[float, float, float], radii: tuple[float, float, float]) -> Field:
-    """Level function that is 1 at the center and 0 on the surface, for positions (3, z, y, x)."""
+    """Level function that is 1 at the centre and 0 on the surface, for positions (3, z, y, x)."""
     scaled = [(p - c) / r for p, c, r in zip(position, center, radii, strict=True)]
     return 1 - np.sqrt(sum(s * s for s in scaled))
 
 
 def place_lesions(rng: np.random.Generator, grid: Grid, count: int) -> list[Lesion]:
-    """Draw ``count`` tumors inside the hemispheres; each further one is smaller and lies away from the others."""
+    """Draw ``count`` tumours inside the hemispheres; each further one is smaller and lies away from the others."""
     lesions: list[Lesion] = []
     for index in range(count):
         outer = grid.radius * (rng.uniform(0.26, 0.56) if index == 0 else rng.uniform(0.18, 0.28))
@@ -149,7 +149,7 @@ def place_lesions(rng: np.random.Generator, grid: Grid, count: int) -> list[Lesi
 
 
 def _draw_center(rng: np.random.Generator, grid: Grid, others: list[Lesion]) -> Field:
-    """Draw a center in one hemisphere, between 30 % and 65 % of the way out; farthest of 20 draws from the others."""
+    """Draw a centre in one hemisphere, between 30 % and 65 % of the way out; farthest of 20 draws from the others."""
     direction = rng.standard_normal((20, 3))
     direction /= np.linalg.norm(direction, axis=1, keepdims=True)
     direction[:, 2] = np.where(direction[:, 2] < 0, -1, 1) * np.maximum(np.abs(direction[:, 2]), 0.5)
@@ -168,7 +168,7 @@ def _draw_axes(rng: np.random.Generator) -> Field:
 
 
 def displace(position: Field, lesions: list[Lesion]) -> Field:
-    """Mass effect: where the tissue now at ``position`` (3, z, y, x), in mm, was before the tumors pushed it away."""
+    """Mass effect: where the tissue now at ``position`` (3, z, y, x), in mm, was before the tumours pushed it away."""
     origin = position.copy()
     for lesion in lesions:
         offset = position - lesion.center[:, None, None, None]
@@ -180,7 +180,7 @@ def displace(position: Field, lesions: list[Lesion]) -> Field:
 
 @dataclass(frozen=True)
 class Head:
-    """A brain without tumors.
+    """A brain without tumours.
 
     Attributes:
         fractions: (T, z, y, x) tissue fractions, sum 1 in every voxel (outside of the brain, CSF).
@@ -192,11 +192,13 @@ class Head:
 
 
 def make_head(rng: np.random.Generator, grid: Grid, lesions: list[Lesion], distractors: bool) -> Head:
-    """Draw a brain: folded cortex, white matter, deep gray nuclei, ventricles and, if wanted, distractors."""
+    """Draw a brain: folded cortex, white matter, deep grey nuclei, ventricles and, if wanted, distractors."""
     position, radius = grid.positions(), grid.radius
-    unit = position / grid.semi_axes[:, None, None, None].astype(np.float32)
+    semi_axes = grid.semi_axes[:, None, None, None].astype(np.float32)
+    unit = position / semi_axes
     depth = radius * (1 - np.sqrt((unit**2).sum(0)) + 0.03 * smooth_noise(rng, grid, 1.1 * radius))
-    inner = displace(position, lesions) / grid.semi_axes[:, None, None, None].astype(np.float32)
+    inner = displace(position, lesions)
+    inner /= semi_axes
     inner += 0.015 * smooth_noise(rng, grid, 0.5 * radius)
     cortex = _distance_to_folds(rng, grid, depth, inner[2])
 

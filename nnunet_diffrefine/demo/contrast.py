@@ -27,7 +27,7 @@ CONTRAST: dict[Tissue, tuple[float, float, float, float]] = {
     Tissue.HYPERINTENSITY: (84, 88, 122, 120),
     Tissue.CHOROID: (58, 135, 150, 60),
     Tissue.VESSEL: (65, 150, 50, 42),
-    Tissue.EDEMA: (74, 78, 145, 138),
+    Tissue.EDEMA: (74, 78, 145, 144),
     Tissue.NON_ENHANCING: (52, 57, 170, 110),
     Tissue.NECROSIS: (42, 40, 172, 74),
     Tissue.ENHANCING: (72, 195, 132, 116),
@@ -36,7 +36,7 @@ MEANS: NDArray[np.float32] = np.array([CONTRAST[t] for t in Tissue], np.float32)
 
 
 def tumor_share(fractions: Field) -> Field:
-    """Share of each voxel that is tumor or edema, (z, y, x), of tissue fractions (T, z, y, x)."""
+    """Share of each voxel that is tumour or oedema, (z, y, x), of tissue fractions (T, z, y, x)."""
     return fractions[Tissue.EDEMA :].sum(0)
 
 
@@ -60,7 +60,7 @@ def render(
         noise: standard deviation of each part of the complex noise, as a share of the channel's white matter.
         bias: standard deviation of the log of the coil sensitivity.
         variation: relative standard deviation of a tissue's mean between cases, and of the texture within it
-            (twice as much in tumors).
+            (twice as much in tumours).
     """
     means = MEANS * np.exp(variation * rng.standard_normal(MEANS.shape, dtype=np.float32))
     roughness = variation * (1 + tumor_share(fractions))

@@ -1,6 +1,6 @@
-"""A multi-modal brain-tumor phantom: cases from seeds, and datasets in nnU-Net's raw format.
+"""A multi-modal brain-tumour phantom: cases from seeds, and datasets in nnU-Net's raw format.
 
-Four channels (T1, T1ce, T2, FLAIR), labels 1 necrotic or non-enhancing core, 2 edema, 3 enhancing tumor. The recipe
+Four channels (T1, T1ce, T2, FLAIR), labels 1 necrotic or non-enhancing core, 2 oedema, 3 enhancing tumour. The recipe
 and every contrast are in docs/phantom.md.
 """
 
@@ -51,9 +51,9 @@ class PhantomSettings:
     Attributes:
         shape: voxels along z, y, x; at least 12 each.
         spacing: voxel size along z, y, x in mm.
-        max_lesions: most tumors in a case.
-        further_lesion: probability of each tumor after the first.
-        enhancing: share of cases with enhancing tumor.
+        max_lesions: most tumours in a case.
+        further_lesion: probability of each tumour after the first.
+        enhancing: share of cases with enhancing tumour.
         noise: standard deviation of the complex noise, as a share of each channel's white matter.
         bias: standard deviation of the log of the coil sensitivity.
         variation: relative standard deviation of tissue means between cases, and of the texture within tissues.
@@ -89,11 +89,11 @@ def _require(condition: bool, name: str, value: object, wanted: str) -> None:
 
 
 def grow_tumors(rng: np.random.Generator, grid: Grid, head: Head, lesions: list[Lesion], enhancing: bool) -> Labels:
-    """Paint edema and tumor cores into ``head.fractions`` (in place) and return the label map, (z, y, x)."""
+    """Paint oedema and tumour cores into ``head.fractions`` (in place) and return the label map, (z, y, x)."""
     radius = grid.radius
     core_level, edema_level = _tumor_levels(rng, grid, lesions)
     gray = head.fractions[Tissue.GRAY] + 0.5 * head.fractions[Tissue.DEEP_GRAY]
-    edema_level -= 0.22 * radius * gray  # edema spreads along white matter and spares gray
+    edema_level -= 0.22 * radius * gray  # oedema spreads along white matter and spares grey
     core = coverage(core_level, 0.05 * radius) * head.brain
     edema = coverage(edema_level, 0.16 * radius) * (1 - head.fractions[Tissue.CSF]) * head.brain
     edema *= _connected(np.maximum(core, edema) > 0.5, core > 0.5)
@@ -107,13 +107,17 @@ def grow_tumors(rng: np.random.Generator, grid: Grid, head: Head, lesions: list[
         uptake = smooth_noise(rng, grid, 0.5 * radius)
         solid = coverage(uptake + 1.3) * (1 - necrosis)
         labels[(core > 0.5) & (solid > 0.5)] = Label.ENHANCING
-        paint(head.fractions, Tissue.NECROSIS, core * necrosis)
-        paint(head.fractions, Tissue.ENHANCING, core * solid * np.clip(0.85 + 0.15 * uptake, 0.6, 1))
+        for tissue, share in (
+            (Tissue.NECROSIS, necrosis),
+            (Tissue.ENHANCING, solid * np.clip(0.85 + 0.15 * uptake, 0.6, 1)),
+        ):
+            head.fractions[tissue] = core * share
+            head.fractions[Tissue.NON_ENHANCING] -= core * share
     return labels.astype(np.uint8)
 
 
 def _tumor_levels(rng: np.random.Generator, grid: Grid, lesions: list[Lesion]) -> tuple[Field, Field]:
-    """Level functions in mm of all cores and of all whole tumors."""
+    """Level functions in mm of all cores and of all whole tumours."""
     position = grid.positions()
     lobes, fingers = (smooth_noise(rng, grid, 0.5 * grid.radius).clip(-2.5, 2.5) for _ in range(2))
     cores, tumors = [], []
@@ -142,7 +146,7 @@ def make_case(seed: int, settings: PhantomSettings | None = None) -> tuple[Field
 
     Returns:
         The channels T1, T1ce, T2, FLAIR, (4, z, y, x), exactly 0 outside of the head and above 0 inside; and the
-        label map (z, y, x) of 0 background, 1 necrotic or non-enhancing core, 2 edema, 3 enhancing tumor.
+        label map (z, y, x) of 0 background, 1 necrotic or non-enhancing core, 2 oedema, 3 enhancing tumour.
 
     Raises:
         ValueError: ``seed`` is negative.
@@ -176,7 +180,7 @@ def write_dataset(
         seed: 0 or more; case i depends on (seed, i) alone.
         settings: None for the defaults.
         test_cases: cases in ``imagesTs`` and ``labelsTs``, numbered on from the training cases.
-        regions: declare whole tumor, tumor core and enhancing tumor as regions; else three exclusive labels.
+        regions: declare whole tumour, tumour core and enhancing tumour as regions; else three exclusive labels.
 
     Returns:
         ``folder``.
@@ -210,7 +214,7 @@ def _write_description(folder: Path, arguments: dict[str, Any], regions: bool) -
     """Write ``dataset.json``, or check that the one there was written with the same arguments."""
     description: dict[str, Any] = {
         "name": folder.name,
-        "description": "Synthetic brain tumors; no patient data",
+        "description": "Synthetic brain tumours; no patient data",
         "channel_names": {str(i): name for i, name in enumerate(CHANNELS)},
         "labels": {"background": 0, **(REGIONS if regions else CLASSES)},
         "numTraining": arguments["cases"],

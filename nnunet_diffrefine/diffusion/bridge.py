@@ -9,9 +9,24 @@ Markov chain in which a voxel is redrawn from the prior with probability 1 - a_t
 
 and likewise between any s < t, with a_t / a_s. All values are probabilities in [0, 1].
 
+Its reversal departs from D3PM where the predicted x_0 is soft. D3PM's Eq. 4 sums the joint q(x_s, x_t | x_0) over clean
+values and normalises last; here each posterior is normalised first:
+
+    p(x_s | x_t) = sum_k x0_k q(x_s | x_t, x_0 = k)
+
+The denoisers here see x_t and are trained to predict x_0, so a calibrated x0_k is p(x_0 = k | x_t). It has weighed x_t
+already; the joint, with its factor q(x_t | x_0 = k), weighs it again, each step anew, and drifts to the prior x_t came
+from. Mean of the last x_0 with the exact p(x_0 | x_t) as denoiser (binary, T = 10, linear; truth 0.3, prior 0.6):
+
+    steps        1      3      10
+    Eq. 4        0.300  0.314  0.369
+    mixture      0.300  0.300  0.300
+
+The converse: for an x0 that ignores x_t, Eq. 4 would be the exact posterior.
+
 References:
     Austin et al. 2021, Structured Denoising Diffusion Models in Discrete State-Spaces (D3PM),
-        https://arxiv.org/abs/2107.03006: Eq. 3 (marginal and posterior), Eq. 4 (soft x_0).
+        https://arxiv.org/abs/2107.03006: Eq. 3 (marginal and posterior); Eq. 4 (soft x_0) is not followed, see above.
     Chen et al. 2024, HiDiff, https://arxiv.org/abs/2407.03548: the binary relative. New here: exclusive classes.
     Bansal et al. 2022, Cold Diffusion, https://arxiv.org/abs/2208.09392: Algorithm 1, the deterministic reversal.
 """
@@ -107,27 +122,27 @@ class DiscreteBridge(Process):
         return torch.where(per_sample(s == 0, x0) > 0, x0, draw)
 
     def posterior(self, x_t: Tensor, x0: Tensor, prior: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        """Probabilities of q(x_s | x_t, x0, prior), (B, R, *S) in [0, 1]; D3PM Eq. 3.
+        """Probabilities of x_s given x_t, (B, R, *S) in [0, 1]: sum_k x0_k q(x_s | x_t, x_0 = k, prior).
 
-        By Bayes, proportional to q(x_t | x_s) q(x_s | x0). A soft ``x0`` is put into the same formula, which is D3PM
-        Eq. 4: q(x_s, x_t | x0) summed over clean values with their probabilities, then normalised. (Normalising first
-        would differ for t < T.) A state that ``x0`` and the prior both rule out cannot be conditioned on; the result
-        there is q(x_s | x0).
+        D3PM Eq. 3 for each clean value k; their mixture in place of Eq. 4, for the reason at the top of the module.
+        Clean values that cannot have led to ``x_t`` are left out; where none can, the result is q(x_s | x0).
 
         Args:
             x_t: state in {0, 1}, (B, R, *S).
-            x0: predicted clean probabilities in [0, 1], (B, R, *S).
+            x0: predicted clean probabilities p(x_0 | x_t) in [0, 1], (B, R, *S).
             prior: probabilities in [0, 1], (B, R, *S).
             t: times of ``x_t``, (B,) integers.
             s: times wanted, (B,) integers with 0 <= s < t. Not checked: that would wait for the GPU at every step.
         """
         a_t, a_s = _at(self._a, t), _at(self._a, s)
-        outcomes_t, outcomes_prior = self._outcomes(x_t), self._outcomes(prior)
-        mean_s = self._outcomes(_mix(x0, prior, a_s))
-        prior_of_x_t = (outcomes_t * outcomes_prior).sum(1, keepdim=True)
-        joint = _mix(outcomes_t, prior_of_x_t, a_t / a_s) * mean_s
+        state, clean, end = self._outcomes(x_t), self._outcomes(x0), self._outcomes(prior)
+        end_of_x_t = (state * end).sum(1, keepdim=True)
+        likelihood = _mix(state, end_of_x_t, a_t)  # q(x_t | x_0 = k)
+        possible = likelihood > torch.finfo(likelihood.dtype).tiny  # and not > 0: the quotient must stay finite
+        weight = torch.where(possible, clean / likelihood, 0)
+        joint = _mix(state, end_of_x_t, a_t / a_s) * _mix(weight, end * weight.sum(1, keepdim=True), a_s)
         total = joint.sum(1, keepdim=True)
-        posterior = torch.where(total > 0, joint / total, mean_s)
+        posterior = torch.where(total > 0, joint / total, _mix(clean, end, a_s))
         return posterior[:, 1:] if self.exclusive else posterior[:, 1]
 
     def _outcomes(self, p: Tensor) -> Tensor:

@@ -22,9 +22,7 @@ class Process(ABC):
         """Draw x_T, shape of ``prior`` (B, R, *S)."""
 
     @abstractmethod
-    def marginal(
-        self, x0: Tensor, prior: Tensor, t: Tensor, generator: torch.Generator | None = None
-    ) -> Tensor:
+    def marginal(self, x0: Tensor, prior: Tensor, t: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Draw x_t ~ q(x_t | x_0, prior); ``t`` (B,) integers in 0..T, ``x0`` and ``prior`` (B, R, *S)."""
 
     @abstractmethod

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 
+from nnunet_diffrefine.environment import VARIABLE, extended_trainer_path
 from nnunet_diffrefine.paths import StageOneId
 
 DESCRIPTION = """\
@@ -45,6 +47,7 @@ def run(args: argparse.Namespace) -> None:
     """Run the export that the arguments describe."""
     from nnunet_diffrefine.stage_one.export import export  # nnU-Net takes seconds to import; --help must not
 
+    os.environ[VARIABLE] = extended_trainer_path(os.environ.get(VARIABLE))
     stage_one = StageOneId(args.tr, args.p, args.c)
     export(args.d, stage_one, _folds(args.f), args.num_parts, args.part_id, args.device, args.chk)
 

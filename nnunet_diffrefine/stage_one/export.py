@@ -64,10 +64,12 @@ def export(
 
     Raises:
         ValueError: an argument cannot be used, or an image is not finite.
-        RuntimeError: something on disk is missing, broken, or would make the priors leak.
+        RuntimeError: something on disk is missing or broken, or would make the priors leak (``LeakError``).
     """
     if not 0 <= part_id < num_parts:
         raise ValueError(f"part_id is {part_id}; it must be between 0 and num_parts - 1 ({num_parts - 1}).")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device is 'cuda', but torch finds no CUDA device. Use -device cpu, or mps on a Mac.")
     dataset = maybe_convert_to_dataset_name(dataset)
     sources = read_sources(dataset, stage_one, checkpoint_name)
     chosen = check_folds(sources, folds)
@@ -77,7 +79,8 @@ def export(
     folder = export_folder(dataset, stage_one)
     folder.mkdir(parents=True, exist_ok=True)
     manifest = _begin(sources, chosen, folder)
-    todo = [pair for pair in pairs[part_id::num_parts] if not is_exported(manifest, PriorStore(folder), *pair)]
+    every = dataset_class(str(sources.data_folder), [case for _, case in pairs])
+    todo = [pair for pair in pairs[part_id::num_parts] if not is_exported(manifest, PriorStore(folder), every, *pair)]
     with tqdm(total=len(todo), desc=f"export {stage_one.name}", unit="case", disable=not todo) as progress:
         for fold in sorted({fold for fold, _ in todo}):
             data = dataset_class(str(sources.data_folder), [case for of, case in todo if of == fold])
@@ -124,10 +127,12 @@ def predict(predictor: nnUNetPredictor, data: nnUNetBaseDataset, case: str) -> n
     return probabilities if predictor.label_manager.has_regions else probabilities[1:]
 
 
-def is_exported(manifest: Manifest, store: PriorStore, fold: int, case: str) -> bool:
-    """Whether the manifest has the case from this fold and its file is intact."""
+def is_exported(manifest: Manifest, store: PriorStore, data: nnUNetBaseDataset, fold: int, case: str) -> bool:
+    """Whether the manifest has the case from this fold, its file is intact and as large as the image is now."""
     record = manifest.cases.get(case)
-    return record is not None and record.fold == fold and store.verify(case, record)
+    if record is None or record.fold != fold or not store.verify(case, record):
+        return False
+    return list(data.load_case(case)[0].shape[1:]) == record.shape[1:]
 
 
 def load_predictor(sources: Sources, fold: int, device: str) -> nnUNetPredictor:

@@ -35,7 +35,7 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def json_sha256(value: Any) -> str:
+def json_sha256(value: object) -> str:
     """SHA-256 of a JSON value's content: indentation and the order of keys do not matter."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import dacite
 from filelock import FileLock
 
-from nnunet_diffrefine.batch import Foreground
 from nnunet_diffrefine.paths import MANIFEST, StageOneId
 from nnunet_diffrefine.stage_one.mending import export_command
+
+if TYPE_CHECKING:
+    from nnunet_diffrefine.batch import Foreground
 
 FORMAT = 1
 LOCK = "manifest.lock"
@@ -79,30 +81,31 @@ class ForegroundRecord:
     exclusive: bool
     ignore_label: int | None
     labels: list[int] | None = None
-    regions: list[Any] | None = None
+    regions: list[list[int]] | None = None
 
     @property
     def foreground(self) -> Foreground:
         """The same as the value that travels through training."""
+        from nnunet_diffrefine.batch import Foreground  # imports torch, which takes seconds; a manifest needs none
+
         return Foreground(tuple(self.names), self.exclusive, self.ignore_label)
 
     @classmethod
     def from_dataset_json(cls, dataset_json: Mapping[str, Any]) -> ForegroundRecord:
         """Read nnU-Net's ``dataset.json``: labels in ascending order of their value, regions in the file's order."""
-        labels = {name: _plain(value) for name, value in dataset_json["labels"].items()}
-        ignore = labels.pop("ignore", None)
-        inside = {name: value for name, value in labels.items() if value != 0}
-        if any(isinstance(value, list) for value in inside.values()):
+        values = {name: _values(value) for name, value in dataset_json["labels"].items()}
+        ignore = values.pop("ignore", [None])[0]
+        inside = {name: value for name, value in values.items() if value != [0]}
+        if any(len(value) > 1 for value in inside.values()):
             return cls(list(inside), False, ignore, regions=list(inside.values()))
         names = sorted(inside, key=lambda name: inside[name])
-        return cls(names, True, ignore, labels=[inside[name] for name in names])
+        return cls(names, True, ignore, labels=[inside[name][0] for name in names])
 
 
-def _plain(value: Any) -> Any:
-    """A label's value as an int, a region's as a list of ints; a region of one label is that label, as in nnU-Net."""
-    if not isinstance(value, (list, tuple)):
-        return int(value)
-    return int(value[0]) if len(set(value)) == 1 else [int(v) for v in value]
+def _values(value: int | Sequence[int]) -> list[Any]:
+    """The label values that a class or region unites, each once, in the file's order."""
+    members = [value] if isinstance(value, int) else value
+    return list(dict.fromkeys(int(member) for member in members))
 
 
 @dataclass(frozen=True)
@@ -122,8 +125,7 @@ class Manifest:
 
     def same_source(self, other: Manifest) -> bool:
         """Whether both were made from the same data, splits and model; folds, cases and nnU-Net's version aside."""
-        blank = {"folds": {}, "cases": {}, "nnunetv2": ""}
-        return replace(self, **blank) == replace(other, **blank)
+        return replace(self, folds={}, cases={}) == replace(other, folds={}, cases={}, nnunetv2=self.nnunetv2)
 
     def with_fold(self, fold: int, record: FoldRecord) -> Manifest:
         """Enter a fold's checkpoint; cases that another checkpoint of this fold predicted are dropped."""
@@ -138,7 +140,7 @@ class Manifest:
 
     def to_json(self) -> str:
         """The file's text."""
-        return json.dumps(asdict(self), indent=1)
+        return json.dumps({"format": self.format, **asdict(self)}, indent=1)
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +20,7 @@ from nnunet_diffrefine.stage_one.fingerprint import (
 )
 from nnunet_diffrefine.stage_one.manifest import FoldRecord, ForegroundRecord, Manifest
 from nnunet_diffrefine.stage_one.mending import export_command, listed, train_commands
-
-FOLD_ALL = (
-    "Fold 'all' trains on every case, so none of its predictions is out-of-fold and a refiner would learn from errors "
-    "that are too small. Train and export the folds of the cross-validation instead"
-)
+from nnunet_diffrefine.stage_one.splits import FOLD_ALL, LeakError, check_splits, read_json, read_splits
 
 
 @dataclass(frozen=True)
@@ -61,25 +58,12 @@ class Sources:
         return fold_folder(self.dataset, self.stage_one, fold) / self.checkpoint_name
 
 
-def read_json(path: Path, mend: str) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        RuntimeError: it is missing or broken; the message ends with ``mend``.
-    """
-    if not path.is_file():
-        raise RuntimeError(f"{path} does not exist. {mend}")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RuntimeError(f"{path} is no valid JSON ({error}). {mend}") from error
-
-
 def read_sources(dataset: str, stage_one: StageOneId, checkpoint_name: str) -> Sources:
     """Read plans, ``dataset.json`` and splits, and check that they belong together and can be exported.
 
     Raises:
         ValueError: the configuration does not exist, is 2D, or is the second stage of a cascade.
+        LeakError: the splits do not hold out each case exactly once.
         RuntimeError: a file is missing or broken, or the dataset was planned anew after the training.
     """
     base, model = preprocessed_dataset(dataset), model_folder(dataset, stage_one)
@@ -89,7 +73,8 @@ def read_sources(dataset: str, stage_one: StageOneId, checkpoint_name: str) -> S
     now = read_json(base / f"{stage_one.plans}.json", f"Check -p, or: {plan}")
     _check_configuration(now, stage_one)
     train = f"Train stage one: {train_commands(dataset, stage_one, ['FOLD'])}"
-    splits = read_json(splits_file(dataset), f"nnU-Net writes it when it trains. {train}")
+    splits = read_splits(dataset, stage_one)
+    check_splits(dataset, stage_one, splits)
     plans, then = read_json(model / "plans.json", train), read_json(model / "dataset.json", train)
     _check_configuration(plans, stage_one)
     retrain = f"Preprocess and train it again: {train_commands(dataset, stage_one, range(len(splits)))}"
@@ -124,9 +109,9 @@ def check_folds(sources: Sources, folds: Sequence[int | str] | None) -> list[int
     """
     known = range(len(sources.splits))
     every = train_commands(sources.dataset, sources.stage_one, known)
-    if folds is not None and "all" in folds:
+    if folds and "all" in folds:
         raise ValueError(f"{FOLD_ALL}: {every}")
-    chosen = sorted(set(known if folds is None else map(int, folds)))
+    chosen = sorted(set(map(int, folds or known)))
     if unknown := [fold for fold in chosen if fold not in known]:
         raise ValueError(f"Fold(s) {listed(unknown)} are not in {splits_file(sources.dataset)}, which has folds "
                          f"0 to {len(known) - 1}. nnU-Net trains such folds on a random split.")  # fmt: skip
@@ -152,7 +137,8 @@ def check_checkpoint(sources: Sources, fold: int) -> tuple[FoldRecord, list[int]
         axes = checkpoint.get("inference_allowed_mirroring_axes")
     except Exception as error:  # torch and pickle raise a dozen kinds for a damaged file
         raise RuntimeError(
-            f"{path} cannot be opened ({type(error).__name__}: {error}); it may be truncated. Train the fold again: {train}"
+            f"{path} cannot be opened ({type(error).__name__}: {error}); it may be truncated. Train the fold again: "
+            f"{train}"
         ) from error
     wanted = (fold, sources.stage_one.configuration, sources.stage_one.trainer)
     if found != wanted:
@@ -169,7 +155,7 @@ def check_held_out(sources: Sources, fold: int, record: FoldRecord, earlier: Man
     an earlier export of the same checkpoint.
 
     Raises:
-        RuntimeError: the splits were changed after the training.
+        LeakError: the splits were changed after the training.
     """
     wanted = set(sources.splits[fold]["val"])
     if (held_out := _validated(sources, fold)) is None:
@@ -179,7 +165,7 @@ def check_held_out(sources: Sources, fold: int, record: FoldRecord, earlier: Man
         if not held_out or earlier.splits_sha256 == splits_sha256(sources.splits):
             return
     if strangers := wanted - held_out:
-        raise RuntimeError(
+        raise LeakError(
             f"Fold {fold} of {sources.stage_one.name} may have trained on {listed(strangers)}: the splits were changed "
             f"after its training. Train it again: {train_commands(sources.dataset, sources.stage_one, [fold])}; then "
             f"{export_command(sources.dataset, sources.stage_one, [fold])}"
@@ -192,7 +178,7 @@ def _validated(sources: Sources, fold: int) -> set[str] | None:
     ending = sources.dataset_json["file_ending"]
     try:
         cases = json.loads(summary.read_text(encoding="utf-8"))["metric_per_case"]
-        return {Path(case["prediction_file"]).name.removesuffix(ending) for case in cases}
+        return {re.split(r"[/\\]", case["prediction_file"])[-1].removesuffix(ending) for case in cases}
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -11,15 +11,13 @@ from nnunet_diffrefine.config import BLOCK, RefineConfig, StageOneConfig
 from nnunet_diffrefine.paths import (
     MANIFEST,
     StageOneId,
-    export_folder,
     exports_folder,
     fold_folder,
     model_folder,
     splits_file,
 )
 from nnunet_diffrefine.plans import Resolved, settings, with_block
-from nnunet_diffrefine.stage_one.leak import check_out_of_fold
-from nnunet_diffrefine.stage_one.manifest import Manifest
+from nnunet_diffrefine.stage_one.leak import open_export
 from nnunet_diffrefine.stage_one.store import PriorStore
 
 
@@ -66,18 +64,13 @@ def prepare(
     config = settings(settled, method)
     stage_one = find_export(dataset, config.stage_one, StageOneId("", plans["plans_name"], configuration))
     _refuse_fold(dataset, stage_one, fold)
-    folder = export_folder(dataset, stage_one)
-    manifest = Manifest.read(folder)
-    splits = json.loads(splits_file(dataset).read_text())
-    check_out_of_fold(
-        manifest, folder, splits, model_folder(dataset, stage_one), configuration=settled, dataset_json=dataset_json
-    )
+    manifest, store = open_export(dataset, stage_one, plans, configuration, dataset_json)
     resolved = Resolved(asdict(manifest.foreground.foreground), asdict(manifest.stage_one))
     checkpoint = fold_folder(dataset, stage_one, fold) / manifest.folds[int(fold)].checkpoint
     plans = with_block(plans, configuration, config, resolved)
     own_folder = model_folder(dataset, StageOneId(trainer, plans["plans_name"], configuration))
     refuse_mixed_settings(own_folder, fold, plans, configuration)
-    return Prepared(plans, config, resolved, PriorStore(folder), checkpoint)
+    return Prepared(plans, config, resolved, store, checkpoint)
 
 
 def find_export(dataset: str, wanted: StageOneConfig, own: StageOneId) -> StageOneId:

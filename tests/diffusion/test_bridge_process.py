@@ -1,4 +1,4 @@
-"""Bridges: end points, means, and the posterior against an enumeration of the Markov chain."""
+"""Bridges: end points, means, and the posterior and its calibration against enumerations of the Markov chain."""
 
 import itertools
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nnunet_diffrefine.diffusion import DeterministicBridge, DiscreteBridge
+from nnunet_diffrefine.diffusion import DeterministicBridge, DiscreteBridge, timestep_sequence
 from nnunet_diffrefine.diffusion.schedule import bridge_schedule
 
 T = 6
@@ -88,11 +88,12 @@ def test_discrete_marginal_has_the_mean_of_the_bridge(exclusive: bool) -> None:
 
 
 def test_draws_from_quantised_classes_stay_one_hot_and_unbiased() -> None:
-    """128/255 + 128/255 exceeds 1; the excess must not be taken from the last class alone."""
-    prior = torch.full((1, 2, 40, 40, 40), 128 / 255)
+    """Twelve equal classes round up to 22/255, 1.035 in all; the excess must not be taken from the last class alone."""
+    prior = torch.full((1, 12, 40, 40, 40), 22 / 255)
     draw = DiscreteBridge(T, "linear", exclusive=True).start(prior, generator())
     assert torch.equal(draw.sum(1), torch.ones(1, 40, 40, 40))
-    assert (draw.mean((0, 2, 3, 4)) - 0.5).abs().max() < 5 * (0.25 / 64000) ** 0.5
+    p = 1 / 12
+    assert (draw.mean((0, 2, 3, 4)) - p).abs().max() < 5 * (p * (1 - p) / 64000) ** 0.5
 
 
 # Discrete: what stays one-hot, what stays nested
@@ -138,20 +139,35 @@ def test_posterior_is_nested_where_states_differ_or_priors_agree() -> None:
 # Discrete: the posterior, enumerated
 
 
-def chain_posterior(x0: Tensor, prior: Tensor, t: int, s: int, schedule: str) -> tuple[Tensor, Tensor, Tensor]:
-    """q(x_s), q(x_t) and q(x_s = i | x_t = j) as a matrix [j, i], by one-step transition matrices and Bayes."""
-    a = bridge_schedule(T, schedule)
-    step = [torch.eye(len(prior), dtype=torch.float64)]
-    for k in range(1, T + 1):
-        keep = a[k] / a[k - 1]
-        step.append(keep * step[0] + (1 - keep) * prior.expand(len(prior), -1))  # rows: from, columns: to
-    q_s, s_to_t = x0, step[0]
-    for k in range(1, s + 1):
-        q_s = q_s @ step[k]
+def transition(prior: Tensor, s: int, t: int, a: Tensor) -> Tensor:
+    """q(x_t = j | x_s = i) as a matrix [i, j], multiplied from one-step matrices."""
+    matrix = torch.eye(len(prior), dtype=torch.float64)
     for k in range(s + 1, t + 1):
-        s_to_t = s_to_t @ step[k]
-    joint = q_s[:, None] * s_to_t
-    return q_s, joint.sum(0), (joint / joint.sum(0)).T
+        keep = a[k] / a[k - 1]
+        matrix = keep * matrix + (1 - keep) * matrix @ prior.expand(len(prior), -1)
+    return matrix
+
+
+def chain_joint(prior: Tensor, t: int, s: int, a: Tensor) -> Tensor:
+    """q(x_s = i, x_t = j | x_0 = k) as [k, i, j]."""
+    return transition(prior, 0, s, a)[:, :, None] * transition(prior, s, t, a)
+
+
+def mixture(x0: Tensor, joint: Tensor) -> Tensor:
+    """sum_k x0_k q(x_s = i | x_t = j, x_0 = k) as [j, i]: each clean value's posterior by Bayes, then their mean."""
+    return torch.einsum("k,kij->ji", x0, joint / joint.sum(1, keepdim=True))
+
+
+def plug_in(x0: Tensor, joint: Tensor) -> Tensor:
+    """D3PM Eq. 4 as [j, i]: the joint summed over clean values, then normalised."""
+    summed = torch.einsum("k,kij->ji", x0, joint)
+    return summed / summed.sum(1, keepdim=True)
+
+
+def calibrated_x0(truth: Tensor, prior: Tensor, t: int, a: Tensor) -> Tensor:
+    """The exact p(x_0 = k | x_t = j) as [j, k]: what a perfect denoiser that sees x_t answers."""
+    joint = truth[:, None] * transition(prior, 0, t, a)
+    return (joint / joint.sum(0)).T
 
 
 def as_volume(outcomes: Tensor) -> Tensor:
@@ -167,28 +183,87 @@ OUTCOMES = {
 PAIRS = [(t, s) for t, s in itertools.product(range(1, T + 1), range(1, T)) if s < t]
 
 
+def found_posterior(bridge: DiscreteBridge, state: int, x0: Tensor, prior: Tensor, t: int, s: int) -> Tensor:
+    """Outcome probabilities of x_s with 'none' first, for one voxel."""
+    x_t = torch.eye(len(prior), dtype=torch.float64)[state]
+    found = bridge.posterior(as_volume(x_t), as_volume(x0), as_volume(prior), times(t), times(s)).flatten()
+    return torch.cat((1 - found.sum(0, keepdim=True), found))
+
+
 @pytest.mark.parametrize("x0", OUTCOMES.values(), ids=list(OUTCOMES))
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("exclusive", [True, False])
-def test_posterior_equals_enumeration_and_reproduces_the_marginal(
-    exclusive: bool, schedule: str, x0: list[float]
-) -> None:
+def test_posterior_equals_the_enumerated_mixture(exclusive: bool, schedule: str, x0: list[float]) -> None:
     """Categorical over four outcomes; binary: the same numbers merged to two."""
-    bridge = DiscreteBridge(T, schedule, exclusive)
+    bridge, a = DiscreteBridge(T, schedule, exclusive), bridge_schedule(T, schedule)
     clean = torch.tensor(x0, dtype=torch.float64)
     prior = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
     if not exclusive:
         clean, prior = (torch.stack((v[:2].sum(), v[2:].sum())) for v in (clean, prior))
     for t, s in PAIRS:
-        q_s, q_t, expected = chain_posterior(clean, prior, t, s, schedule)
-        total = torch.zeros_like(prior[1:])
-        for j, one_hot in enumerate(torch.eye(len(prior), dtype=torch.float64)):
-            found = bridge.posterior(
-                as_volume(one_hot), as_volume(clean), as_volume(prior), times(t), times(s)
-            ).flatten()
-            torch.testing.assert_close(found, expected[j, 1:], atol=1e-12, rtol=0)
-            total += q_t[j] * found
-        torch.testing.assert_close(total, q_s[1:], atol=1e-12, rtol=0)
+        found = torch.stack([found_posterior(bridge, j, clean, prior, t, s) for j in range(len(prior))])
+        torch.testing.assert_close(found, mixture(clean, chain_joint(prior, t, s, a)), atol=1e-12, rtol=0)
+
+
+# Discrete: several steps with a calibrated denoiser
+
+CALIBRATION_T = 10
+TRUTH_AND_PRIOR = {  # 'none' first; outcome 1 is truly 0.3 and 0.6 in the prior
+    "classes, binary": (True, [0.7, 0.3], [0.4, 0.6]),
+    "classes, categorical": (True, [0.5, 0.3, 0.2], [0.1, 0.6, 0.3]),
+    "region": (False, [0.7, 0.3], [0.4, 0.6]),
+}
+
+
+@pytest.mark.parametrize("steps", [1, 3, 10])
+@pytest.mark.parametrize(("exclusive", "truth", "prior"), TRUTH_AND_PRIOR.values(), ids=list(TRUTH_AND_PRIOR))
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_reversal_with_a_calibrated_denoiser_keeps_every_marginal(
+    schedule: str, exclusive: bool, truth: list[float], prior: list[float], steps: int
+) -> None:
+    """The distribution is propagated exactly; x_s must be that of the forward process, down to the truth at 0."""
+    bridge, a = DiscreteBridge(CALIBRATION_T, schedule, exclusive), bridge_schedule(CALIBRATION_T, schedule)
+    clean, end = (torch.tensor(v, dtype=torch.float64) for v in (truth, prior))
+    distribution = end
+    for t, s in itertools.pairwise(timestep_sequence(CALIBRATION_T, steps)):
+        x0 = calibrated_x0(clean, end, t, a)
+        rows = [found_posterior(bridge, j, x0[j], end, t, s) for j in range(len(end))]
+        distribution = distribution @ torch.stack(rows)
+        torch.testing.assert_close(distribution, clean @ transition(end, 0, s, a), atol=1e-12, rtol=0)
+    assert distribution[1].item() == pytest.approx(0.3, abs=1e-12)
+
+
+@pytest.mark.parametrize(("steps", "last_x0"), [(1, 0.300), (3, 0.314), (10, 0.369)])
+def test_the_plug_in_of_d3pm_drifts_to_the_prior_as_documented(steps: int, last_x0: float) -> None:
+    """Why the posterior is a mixture: with the same calibrated denoiser, Eq. 4 misses the truth of 0.3."""
+    a = bridge_schedule(CALIBRATION_T, "linear")
+    truth, prior = (torch.tensor(v, dtype=torch.float64) for v in ([0.7, 0.3], [0.4, 0.6]))
+    distribution = prior
+    for t, s in itertools.pairwise(timestep_sequence(CALIBRATION_T, steps)):
+        x0, joint = calibrated_x0(truth, prior, t, a), chain_joint(prior, t, s, a)
+        rows = x0 if s == 0 else torch.stack([plug_in(x0[j], joint)[j] for j in range(2)])  # at 0, x0 is returned
+        distribution = distribution @ rows
+    assert distribution[1].item() == pytest.approx(last_x0, abs=5e-4)
+
+
+# Discrete: the posterior at its edges
+
+
+@pytest.mark.parametrize("exclusive", [True, False])
+def test_posterior_at_zero_is_the_predicted_x0(exclusive: bool) -> None:
+    """As :meth:`reverse` returns it there, whatever x_t is, where the prior rules nothing out."""
+    bridge = DiscreteBridge(T, "cosine", exclusive)
+    x0, prior = random_probabilities(exclusive, seed=3), random_probabilities(exclusive)
+    found = bridge.posterior(random_mask(exclusive), x0, prior, times(1, 2, 4, T), times(0, 0, 0, 0))
+    torch.testing.assert_close(found, x0, atol=1e-6, rtol=0)
+
+
+def test_clean_values_that_cannot_have_led_to_x_t_are_left_out() -> None:
+    """The prior never draws outcome 2, so x_t = 2 stems from x_0 = 2, however small its predicted probability."""
+    bridge = DiscreteBridge(T, "linear", exclusive=True)
+    x0, prior = (torch.tensor(v, dtype=torch.float64) for v in ([0.6, 0.3, 0.1], [0.5, 0.5, 0.0]))
+    found = found_posterior(bridge, 2, x0, prior, 4, 2)
+    torch.testing.assert_close(found, torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64), atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("exclusive", [True, False])
@@ -201,10 +276,11 @@ def test_impossible_states_fall_back_to_the_marginal(exclusive: bool) -> None:
 
 
 @pytest.mark.parametrize("exclusive", [True, False])
-def test_posterior_is_a_probability_for_hard_and_zero_inputs(exclusive: bool) -> None:
+def test_posterior_is_a_probability_for_hard_and_vanishing_inputs(exclusive: bool) -> None:
     bridge = DiscreteBridge(T, "cosine", exclusive)
     hard = [random_mask(exclusive, seed=k) for k in (4, 5, 6)]
-    for x_t, x0, prior in itertools.product(hard, hard, [*hard, random_probabilities(exclusive)]):
+    soft, subnormal = random_probabilities(exclusive), torch.full_like(hard[0], 1e-40)
+    for x_t, x0, prior in itertools.product(hard, [*hard, soft], [*hard, soft, subnormal]):
         p = bridge.posterior(x_t, x0, prior, times(2, 3, 5, 6), times(0, 1, 4, 2))
         assert (p >= 0).all()
         assert (p <= 1).all()

@@ -1,6 +1,7 @@
 """The Gaussian process: closed-form marginals, and samplers that recover a distribution whose denoiser is known."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -88,7 +89,7 @@ def test_eta_zero_draws_nothing() -> None:
     assert torch.equal(first, process.reverse(x_t, x0, x0, torch.tensor([800]), torch.tensor([300]), generator(5)))
 
 
-def gaussian_denoiser(process: GaussianProcess, mean: float, std: float):  # noqa: ANN201
+def gaussian_denoiser(process: GaussianProcess, mean: float, std: float) -> Callable[[Tensor, Tensor], Tensor]:
     """E[x_0 | x_t] of x_0 ~ N(mean, std^2), exact."""
 
     def predict(x_t: Tensor, t: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from nnunet_diffrefine.diffusion import GaussianProcess, sample
 from nnunet_diffrefine.diffusion.schedule import gaussian_schedule
 
 schedulers = pytest.importorskip("monai.networks.schedulers")
+pytestmark = pytest.mark.reference
 
 SCHEDULES = [("linear", "linear_beta"), ("cosine", "cosine")]
 PRIOR = torch.zeros(2, 1, 3, 4, 5)

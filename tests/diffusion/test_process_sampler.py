@@ -48,6 +48,10 @@ def test_sequences_start_at_the_end_fall_strictly_and_stop_at_zero(timesteps: in
     assert timestep_sequence(timesteps, timesteps) == list(range(timesteps, -1, -1))
 
 
+def test_uneven_sequences_are_rounded_down() -> None:
+    assert timestep_sequence(10, 3) == [10, 6, 3, 0]
+
+
 @pytest.mark.parametrize("steps", [0, 11])
 def test_refuses_impossible_step_counts(steps: int) -> None:
     with pytest.raises(ValueError, match=f"steps is {steps}; it must be in 1..10"):
@@ -98,6 +102,7 @@ def test_inputs_are_left_alone_and_types_kept(process: Process) -> None:
     assert torch.equal(truth, copies[1])
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @each_process
 def test_runs_on_the_device_of_its_tensors(process: Process) -> None:

@@ -1,6 +1,7 @@
 """Schedules: end points, monotony, and their formulas computed a second way."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -57,7 +58,7 @@ def test_linear_gaussian_keeps_its_total_noise_when_timesteps_change() -> None:
 
 
 @pytest.mark.parametrize("table", [bridge_schedule, gaussian_schedule])
-def test_refuses_unknown_names_and_empty_ranges(table) -> None:  # noqa: ANN001
+def test_refuses_unknown_names_and_empty_ranges(table: Callable[[int, str], torch.Tensor]) -> None:
     with pytest.raises(ValueError, match="'cubic'; it must be one of linear, cosine"):
         table(10, "cubic")
     with pytest.raises(ValueError, match="timesteps is 0"):

@@ -1,0 +1,127 @@
+"""Two processes train one refiner: as one would on both batches, and without waiting for each other for ever."""
+
+import socket
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
+from tests.builders import LABELS, batch_of, generator, method_of, nnunet_loss, unet
+from torch import Tensor, nn
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
+from torch.nn.parallel import DistributedDataParallel
+
+from nnunet_diffrefine.batch import RefineBatch
+from nnunet_diffrefine.networks.denoiser import TimeConditionedUNet
+from nnunet_diffrefine.networks.refinement import RefinementNetwork
+
+RANKS, STEPS = 2, 3
+HANGING, LIMIT = 60, 180  # seconds a collective may wait, and all of it may take with its start
+CASES = {
+    "deep supervision": {"deep": True, "batch_norm": False},
+    "one output": {"deep": False, "batch_norm": False},
+    "stage one with batch norm": {"deep": True, "batch_norm": True},
+}
+
+
+def build(deep: bool, batch_norm: bool) -> RefinementNetwork:
+    torch.manual_seed(0)
+    method = method_of(LABELS, training={"recycling": 0.5, "prior_end": 0.3})
+    norm = nn.BatchNorm3d(LABELS.heads) if batch_norm else nn.Identity()
+    stage_one = nn.Sequential(nn.Conv3d(1, LABELS.heads, 3, padding=1), norm)
+    inputs, outputs = method.channels(1)
+    denoiser = TimeConditionedUNet(unet(inputs=inputs, outputs=outputs, deep_supervision=deep), embedding_size=8)
+    return RefinementNetwork(stage_one, denoiser, method, LABELS, method.config.sampling).train()
+
+
+def loss_of(network: RefinementNetwork, wrapped: nn.Module, batch: RefineBatch, draws: torch.Generator) -> Tensor:
+    if not network.denoiser.deep_supervision:
+        return network.method.loss(wrapped, batch, nnunet_loss(LABELS), draws)
+    half = nn.functional.interpolate(batch.target, scale_factor=0.5)
+    deep = RefineBatch(batch.image, batch.prior, batch.reference, batch.valid, [batch.target, half])
+    return network.method.loss(wrapped, deep, DeepSupervisionWrapper(nnunet_loss(LABELS), (0.6, 0.4)), draws)
+
+
+def adamw(network: RefinementNetwork) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(network.denoiser.parameters(), 1e-2, weight_decay=0.01)
+
+
+def train(rank: int, case: dict[str, bool]) -> dict:
+    """One rank's weights and numbers of denoiser passes after a few steps on its own batches."""
+    network, passes, counts = build(**case), [], []
+    network.denoiser.register_forward_hook(lambda *_: passes.append(None))
+    wrapped, optimizer, draws = DistributedDataParallel(network), adamw(network), generator(rank)
+    for step in range(STEPS):
+        passes.clear()
+        optimizer.zero_grad()
+        loss_of(network, wrapped, batch_of(LABELS, seed=10 * step + rank), draws).backward()
+        optimizer.step()
+        counts.append(len(passes))
+    return {"weights": network.state_dict(), "counts": counts}
+
+
+def work(rank: int, port: int, folder: Path) -> None:
+    """One of the processes: all cases, one after the other."""
+    torch.set_num_threads(1)
+    address = f"tcp://127.0.0.1:{port}"
+    dist.init_process_group("gloo", address, timedelta(seconds=HANGING), world_size=RANKS, rank=rank)
+    for name, case in CASES.items():
+        torch.save(train(rank, case), folder / f"{name} {rank}.pt")
+    dist.destroy_process_group()
+
+
+def in_one_process(case: dict[str, bool]) -> RefinementNetwork:
+    """The same training with the mean of both ranks' gradients."""
+    network = build(**case)
+    optimizer, draws = adamw(network), [generator(rank) for rank in range(RANKS)]
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        for rank in range(RANKS):
+            loss = loss_of(network, network, batch_of(LABELS, seed=10 * step + rank), draws[rank])
+            (loss / RANKS).backward()
+        optimizer.step()
+    return network
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Start the processes once and wait, but not for ever: the folder of their results, and what went wrong."""
+    folder = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = torch.multiprocessing.spawn(work, (port, folder), nprocs=RANKS, join=False)
+    end, error = time.monotonic() + LIMIT, ""
+    try:
+        while not started.join(timeout=1):
+            if time.monotonic() > end:
+                return folder, f"the processes still wait for each other after {LIMIT} s"
+    except (ProcessRaisedException, ProcessExitedException) as caught:
+        error = str(caught)
+    finally:
+        for process in started.processes:
+            process.kill()
+    return folder, error
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="this PyTorch has no gloo")
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_train_as_one(case: str, results: tuple[Path, str]) -> None:
+    folder, error = results
+    files = [folder / f"{case} {rank}.pt" for rank in range(RANKS)]
+    assert all(file.is_file() for file in files), error
+    first, second = (torch.load(file) for file in files)
+    assert first["counts"] != second["counts"]  # one recycles where the other does not
+    assert max(*first["counts"], *second["counts"]) == 2
+    start, expected, moved = build(**CASES[case]).state_dict(), in_one_process(CASES[case]).state_dict(), 0.0
+    for name, value in expected.items():
+        assert torch.equal(first["weights"][name], second["weights"][name]), name
+        if name.startswith("stage_one."):
+            assert torch.equal(first["weights"][name], start[name]), name
+        else:
+            torch.testing.assert_close(first["weights"][name], value, atol=1e-6, rtol=0, msg=name)
+            moved = max(moved, float((value - start[name]).abs().max()))
+    assert moved > 0.02
