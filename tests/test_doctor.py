@@ -280,8 +280,7 @@ def _doctor(monkeypatch, *results, options=()):
     monkeypatch.setattr(doctor, "CHECKS", [lambda r=r: r for r in results])
     parser = argparse.ArgumentParser()
     doctor.register(parser.add_subparsers())
-    args = parser.parse_args(["doctor", *options])
-    return args.func(args)
+    return (args := parser.parse_args(["doctor", *options])).func(args)
 
 
 @pytest.mark.parametrize(("status", "code"), [("ok", 0), ("warn", 0), ("fail", 1)])

@@ -1,0 +1,83 @@
+"""Labels, ResEnc plans, a stage one that was trained before this package was installed; faults between the steps."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+
+import pytest
+import torch
+from workspace import CONFIGURATION, TINY
+
+STAGE_ONE, REFINER = "nnUNetTrainer_tiny", "DiffRefineTrainer_tiny"
+pytestmark = pytest.mark.nnunet
+
+
+def export(workspace, *options: str) -> tuple[str, ...]:
+    return ("nnUNetv2_diffrefine", "export", "-d", workspace.number, "-c", CONFIGURATION, "-tr", STAGE_ONE, "-p", TINY,
+            "-device", "cpu", *options)
+
+
+@pytest.fixture(scope="module")
+def exported(label_run):
+    """First refused without export, then exported by two processes at once."""
+    refused = label_run.run(*label_run.train(0, REFINER), fails=True)
+    assert "No out-of-fold predictions of stage one" in refused
+    assert f"nnUNetv2_diffrefine export -d {label_run.dataset}" in refused
+    assert not label_run.model(REFINER).exists()
+    label_run.together(*(export(label_run, "-num_parts", "2", "-part_id", part) for part in ("0", "1")))
+    return label_run
+
+
+def test_exported_once_is_done(exported):
+    folder = exported.preprocessed / "diffrefine" / exported.model(STAGE_ONE).name
+    before = {f.name: f.stat().st_mtime_ns for f in folder.glob("*.b2nd")}
+    exported.run(*export(exported))
+    assert before == {f.name: f.stat().st_mtime_ns for f in folder.glob("*.b2nd")}
+    assert len(before) == 4
+
+
+def test_changed_splits_are_refused_before_anything_is_written(exported):
+    file = exported.preprocessed / "splits_final.json"
+    original = file.read_text()
+    swapped = json.loads(original)[::-1]
+    file.write_text(json.dumps(swapped))
+    try:
+        output = exported.run(*exported.train(1, "DiffRefineTrainer_tiny"), fails=True)
+    finally:
+        file.write_text(original)
+    assert "splits" in output
+    assert not (exported.model(REFINER) / "fold_1").exists()
+
+
+def test_killed_training_continues_where_it_stopped(exported):
+    trainer = "DiffRefineTrainer_tiny_long"
+    folder = exported.model(trainer) / "fold_0"
+    process = exported.start(*exported.train(0, trainer))
+    deadline = time.time() + 300
+    while not (folder / "checkpoint_latest.pth").exists() and time.time() < deadline:
+        time.sleep(0.2)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    done = torch.load(folder / "checkpoint_latest.pth", weights_only=False)["current_epoch"]
+    assert 0 < done < 6
+    log = exported.run(*exported.train(0, trainer, "--c"))
+    assert f"Epoch {done}" in log
+    assert f"Epoch {done - 1}\n" not in log
+    rows = (folder / "refinement.csv").read_text().splitlines()[1:]
+    assert [int(row.split(",")[0]) for row in rows] == list(range(6))
+
+
+def test_truncated_checkpoint_is_named(exported):
+    """Runs after the training above; --val needs the final checkpoint."""
+    file = exported.model("DiffRefineTrainer_tiny_long") / "fold_0" / "checkpoint_final.pth"
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    try:
+        output = exported.run(*exported.train(0, "DiffRefineTrainer_tiny_long", "--val"), fails=True)
+    finally:
+        file.write_bytes(whole)
+    assert str(file) in output
+    assert "not a complete checkpoint" in output
