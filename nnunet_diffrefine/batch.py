@@ -97,9 +97,7 @@ class RefineBatch:
     target: Tensor | list[Tensor]
 
     @classmethod
-    def from_nnunet(
-        cls, data: Tensor, target: Tensor | list[Tensor], foreground: Foreground
-    ) -> RefineBatch:
+    def from_nnunet(cls, data: Tensor, target: Tensor | list[Tensor], foreground: Foreground) -> RefineBatch:
         """Split a loader's batch: the last R channels of ``data`` (B, C + R, *S) are the prior."""
         image, prior = data[:, : -foreground.channels], data[:, -foreground.channels :]
         finest = target[0] if isinstance(target, list) else target

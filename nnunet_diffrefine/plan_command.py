@@ -6,11 +6,6 @@ import argparse
 import json
 from typing import Any
 
-from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
-
-from nnunet_diffrefine.config import ConfigError, RefineConfig
-from nnunet_diffrefine.plans import merge, preset, write_variant
-
 EPILOG = """example:
   nnUNetv2_diffrefine plan -d 4 -o nnUNetPlans_3steps --set sampling.steps=3 process.state=discrete
   nnUNetv2_train 4 3d_fullres 0 -tr DiffRefineTrainer -p nnUNetPlans_3steps
@@ -18,7 +13,7 @@ The preprocessed data are those of the source plans: nothing is preprocessed aga
 """
 
 
-def register(subparsers: Any) -> None:  # noqa: ANN401 (argparse's private type)
+def register(subparsers: argparse._SubParsersAction) -> None:
     """Add the ``plan`` subcommand."""
     parser = subparsers.add_parser(
         "plan",
@@ -31,7 +26,9 @@ def register(subparsers: Any) -> None:  # noqa: ANN401 (argparse's private type)
     parser.add_argument("-c", default="3d_fullres", help="configuration to extend (default: %(default)s)")
     parser.add_argument("-p", default="nnUNetPlans", help="plans to start from (default: %(default)s)")
     parser.add_argument("-o", help="name of the new plans; needed unless --show is given")
-    parser.add_argument("-m", "--method", default="bridge", help="method whose preset is changed (default: %(default)s)")
+    parser.add_argument(
+        "-m", "--method", default="bridge", help="method whose preset is changed (default: %(default)s)"
+    )
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings, e.g. sampling.steps=3")
     parser.add_argument("--show", action="store_true", help="print the resulting settings and write nothing")
     parser.set_defaults(func=run)
@@ -39,6 +36,10 @@ def register(subparsers: Any) -> None:  # noqa: ANN401 (argparse's private type)
 
 def run(args: argparse.Namespace) -> int:
     """Write or show the variant."""
+    from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name  # slow; --help must not be
+
+    from nnunet_diffrefine.config import ConfigError, RefineConfig
+    from nnunet_diffrefine.plans import merge, preset, write_variant
 
     changes = parse_changes(args.set)
     if args.show:
@@ -56,13 +57,13 @@ def parse_changes(pairs: list[str]) -> dict[str, Any]:
     """``["sampling.steps=3"]`` -> ``{"sampling": {"steps": 3}}``; values are JSON, anything else a string.
 
     Raises:
-        ConfigError: a pair has no ``=``.
+        ValueError: a pair has no ``=``.
     """
     changes: dict[str, Any] = {}
     for pair in pairs:
         key, equals, text = pair.partition("=")
         if not equals:
-            raise ConfigError(f"--set got {pair!r}; wanted KEY=VALUE, e.g. sampling.steps=3.")
+            raise ValueError(f"--set got {pair!r}; wanted KEY=VALUE, e.g. sampling.steps=3.")
         *groups, name = key.split(".")
         target = changes
         for group in groups:

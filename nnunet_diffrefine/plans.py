@@ -118,7 +118,9 @@ def write_variant(
     folder = preprocessed_dataset(dataset)
     plans = json.loads((folder / f"{source}.json").read_text())
     if configuration not in plans["configurations"]:
-        raise ConfigError(f"Plans '{source}' have no configuration '{configuration}': {sorted(plans['configurations'])}.")
+        raise ConfigError(
+            f"Plans '{source}' have no configuration '{configuration}': {sorted(plans['configurations'])}."
+        )
     target = folder / f"{name}.json"
     if target.exists() and not _is_variant(target):
         raise FileExistsError(f"{target} exists and is not a diffrefine variant; choose another name (-o).")

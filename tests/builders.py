@@ -67,9 +67,7 @@ def nnunet_loss(foreground: Foreground) -> nn.Module:
     """nnU-Net's own loss, as its trainer builds it without deep supervision."""
     ignore, dice = foreground.ignore_label, {"batch_dice": False, "smooth": 1e-5, "ddp": False}
     if foreground.exclusive:
-        return DC_and_CE_loss(
-            {**dice, "do_bg": False}, {}, ignore_label=ignore, dice_class=MemoryEfficientSoftDiceLoss
-        )
+        return DC_and_CE_loss({**dice, "do_bg": False}, {}, ignore_label=ignore, dice_class=MemoryEfficientSoftDiceLoss)
     return DC_and_BCE_loss(
         {}, {**dice, "do_bg": True}, use_ignore_label=ignore is not None, dice_class=MemoryEfficientSoftDiceLoss
     )

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import pytest
+import SimpleITK as sitk
 from workspace import Workspace
 
-from nnunet_diffrefine.demo.phantom import PhantomSettings, write_dataset
+from nnunet_diffrefine.demo.phantom import PhantomSettings, make_case, write_dataset
 
 SMALL = PhantomSettings(shape=(24, 28, 24))
 
@@ -23,9 +27,22 @@ def region_run(tmp_path_factory) -> Workspace:
 
 @pytest.fixture(scope="session")
 def label_run(tmp_path_factory) -> Workspace:
-    """Labels, ResidualEncoderUNet: stage one by a stock-like trainer, trained but not exported."""
+    """Labels, ResidualEncoderUNet: stage one by a stock trainer, trained but not exported.
+
+    Among the six cases: one without foreground, one smaller than the patch, one several patches large.
+    """
     workspace = Workspace(tmp_path_factory.mktemp("labels"), "Dataset502_Labels")
-    write_dataset(workspace.raw, 4, seed=2, settings=SMALL, regions=False)
+    write_dataset(workspace.raw, 6, seed=2, settings=SMALL, regions=False)
+    images, labels = make_case(2, SMALL)
+    replace_case(workspace.raw, "phantom_001", images, np.zeros_like(labels))
+    replace_case(workspace.raw, "phantom_002", *make_case(3, PhantomSettings(shape=(14, 16, 14))))
+    replace_case(workspace.raw, "phantom_003", *make_case(4, PhantomSettings(shape=(44, 52, 44))))
     workspace.plan([4, 8, 12], [24, 24, 24], planner="nnUNetPlannerResEncM", plans="nnUNetResEncUNetMPlans")
     workspace.together(*(workspace.train(f, "nnUNetTrainer_tiny") for f in (0, 1)))
     return workspace
+
+
+def replace_case(raw: Path, case: str, images: np.ndarray, labels: np.ndarray) -> None:
+    for channel, image in enumerate(images):
+        sitk.WriteImage(sitk.GetImageFromArray(image), str(raw / "imagesTr" / f"{case}_{channel:04d}.nii.gz"))
+    sitk.WriteImage(sitk.GetImageFromArray(labels), str(raw / "labelsTr" / f"{case}.nii.gz"))

@@ -3,9 +3,9 @@
 import pytest
 import torch
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
-from tests.builders import IGNORE, LABELS, REGIONS, batch_of, generator, label_maps, target_of, with_ignore
 
 from nnunet_diffrefine.batch import Foreground, RefineBatch
+from tests.builders import IGNORE, LABELS, REGIONS, batch_of, generator, label_maps, target_of, with_ignore
 
 EPS = 1e-4
 BOTH = pytest.mark.parametrize("foreground", [LABELS, REGIONS], ids=["labels", "regions"])

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-from tests.builders import LABELS, REGIONS, method_of, with_ignore
 
 from nnunet_diffrefine import plan_command
 from nnunet_diffrefine.config import BLOCK, ConfigError, RefineConfig
@@ -24,6 +23,7 @@ from nnunet_diffrefine.plans import (
     with_block,
     write_variant,
 )
+from tests.builders import LABELS, REGIONS, method_of, with_ignore
 
 DATASET = "Dataset999_Blobs"
 PRESETS = sorted(file.stem for file in resource_folder("plans").glob("*.json"))
@@ -31,7 +31,11 @@ SOURCE: dict[str, Any] = {
     "dataset_name": DATASET,
     "plans_name": "nnUNetPlans",
     "configurations": {
-        "3d_fullres": {"batch_size": 2, "patch_size": [8, 8, 8], "architecture": {"network_class_name": "PlainConvUNet"}},
+        "3d_fullres": {
+            "batch_size": 2,
+            "patch_size": [8, 8, 8],
+            "architecture": {"network_class_name": "PlainConvUNet"},
+        },
         "3d_large": {"inherits_from": "3d_fullres", "batch_size": 4},
     },
 }
@@ -150,7 +154,9 @@ class TestVariant:
 
     def test_an_inherited_block_reaches_the_heirs(self, folder: Path) -> None:
         file = write(configuration="3d_fullres", sampling={"steps": 3})
-        assert settings(PlansManager(str(file)).get_configuration("3d_large").configuration, "bridge").sampling.steps == 3
+        assert (
+            settings(PlansManager(str(file)).get_configuration("3d_large").configuration, "bridge").sampling.steps == 3
+        )
 
     def test_everything_else_stays_as_it_was(self, folder: Path) -> None:
         plans = json.loads(write(sampling={"steps": 3}).read_text())

@@ -75,14 +75,42 @@ class Workspace:
         return [self.wait(process) for process in processes]
 
     def train(self, fold: int, trainer: str, *options: str, plans: str = TINY) -> tuple[str, ...]:
-        return ("nnUNetv2_train", self.number, CONFIGURATION, str(fold), "-tr", trainer, "-p", plans,
-                "-device", "cpu", *options)
+        return (
+            "nnUNetv2_train",
+            self.number,
+            CONFIGURATION,
+            str(fold),
+            "-tr",
+            trainer,
+            "-p",
+            plans,
+            "-device",
+            "cpu",
+            *options,
+        )
 
-    def plan(self, features: list[int], patch: list[int], folds: int = 2, planner: str = "ExperimentPlanner",
-             plans: str = "nnUNetPlans") -> None:
+    def plan(
+        self,
+        features: list[int],
+        patch: list[int],
+        folds: int = 2,
+        planner: str = "ExperimentPlanner",
+        plans: str = "nnUNetPlans",
+    ) -> None:
         """Plan and preprocess with nnU-Net, then cut the network down and split the cases."""
-        self.run("nnUNetv2_plan_and_preprocess", "-d", self.number, "-c", CONFIGURATION, "-pl", planner,
-                 "-np", "1", "-npfp", "1")
+        self.run(
+            "nnUNetv2_plan_and_preprocess",
+            "-d",
+            self.number,
+            "-c",
+            CONFIGURATION,
+            "-pl",
+            planner,
+            "-np",
+            "1",
+            "-npfp",
+            "1",
+        )
         full = json.loads((self.preprocessed / f"{plans}.json").read_text())
         (self.preprocessed / f"{TINY}.json").write_text(json.dumps(shrink(full, TINY, features, 2, patch)))
         cases = sorted(f.name.split(".")[0] for f in (self.raw / "labelsTr").iterdir())

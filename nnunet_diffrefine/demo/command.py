@@ -6,7 +6,6 @@ import argparse
 import re
 import time
 from pathlib import Path
-from typing import Any
 
 DESCRIPTION = """Make a small brain-tumour phantom (T1, T1ce, T2, FLAIR; whole tumour, tumour core, enhancing tumour)
 and take it through every step: plan, preprocess, train stage one, export its out-of-fold predictions, train the
@@ -15,10 +14,12 @@ continues where it stopped. The trainings are short: the numbers show that it wo
 DATASET = "Dataset990_DiffRefinePhantom"
 
 
-def register(subparsers: Any) -> None:  # noqa: ANN401 (argparse's private type)
+def register(subparsers: argparse._SubParsersAction) -> None:
     """Add the ``demo`` subcommand."""
     parser = subparsers.add_parser("demo", help="the whole pipeline on a phantom, in minutes", description=DESCRIPTION)
-    parser.add_argument("--dir", type=Path, default=Path("diffrefine_demo"), help="working folder (default: %(default)s)")
+    parser.add_argument(
+        "--dir", type=Path, default=Path("diffrefine_demo"), help="working folder (default: %(default)s)"
+    )
     parser.add_argument("--dataset", type=Path, help="a raw dataset of yours (DatasetXXX_NAME) instead of the phantom")
     parser.add_argument("--keep", action="store_true", help="keep nnU-Net's folders with data and models at the end")
     parser.add_argument("--cases", type=int, default=20, help="training cases of the phantom (default: %(default)s)")

@@ -40,7 +40,9 @@ def shrink(
         for step in kwargs["strides"]:
             stride *= step[axis]
         if size % stride:
-            raise ValueError(f"patch is {patch}; axis {axis} must be divisible by {stride}, the product of its strides.")
+            raise ValueError(
+                f"patch is {patch}; axis {axis} must be divisible by {stride}, the product of its strides."
+            )
     configuration.update(batch_size=batch, patch_size=patch)
     plans.update(configurations={CONFIGURATION: configuration}, plans_name=name)
     return plans

@@ -90,7 +90,9 @@ def find_command(name: str) -> str:
     beside = shutil.which(name, path=str(Path(sys.executable).parent))
     found = beside or shutil.which(name)
     if found is None:
-        raise RuntimeError(f"The command {name} is not installed beside {sys.executable}. pip install nnunet-diffrefine")
+        raise RuntimeError(
+            f"The command {name} is not installed beside {sys.executable}. pip install nnunet-diffrefine"
+        )
     return found
 
 

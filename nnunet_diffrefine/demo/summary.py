@@ -9,11 +9,11 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("agg")
-import matplotlib.pyplot as plt  # noqa: E402 (the backend must be chosen first)
-import numpy as np  # noqa: E402
-import SimpleITK as sitk  # noqa: E402
+import matplotlib.pyplot as plt
+import numpy as np
+import SimpleITK as sitk
 
-from nnunet_diffrefine.demo.pipeline import FOLDS, REFINER, STAGE_ONE, Demo  # noqa: E402
+from nnunet_diffrefine.demo.pipeline import FOLDS, REFINER, STAGE_ONE, Demo
 
 Scores = dict[str, dict[str, float]]
 
@@ -75,8 +75,15 @@ def _draw(panels: list, title: str, file: Path) -> Path:
         if mask is not None:
             errors = name.startswith("errors")
             shown = np.ma.masked_equal(mask.astype(int), 0)
-            axis.imshow(shown, cmap="autumn" if errors else "viridis", alpha=0.55, origin="lower", vmin=1,
-                        vmax=2 if errors else 3, interpolation="nearest")
+            axis.imshow(
+                shown,
+                cmap="autumn" if errors else "viridis",
+                alpha=0.55,
+                origin="lower",
+                vmin=1,
+                vmax=2 if errors else 3,
+                interpolation="nearest",
+            )
         axis.set_title(name)
         axis.axis("off")
     drawing.suptitle(title)

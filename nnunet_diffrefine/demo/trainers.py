@@ -25,7 +25,9 @@ class DiffRefineStageOneTrainer_demo(DiffRefineStageOneTrainer):
     ) -> None:
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.num_epochs, self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = (
-            EPOCHS, STEPS, VALIDATION_STEPS,
+            EPOCHS,
+            STEPS,
+            VALIDATION_STEPS,
         )
 
     def train_step(self, batch: dict) -> dict:
@@ -48,5 +50,7 @@ class DiffRefineTrainer_demo(DiffRefineTrainer):
     ) -> None:
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.num_epochs, self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = (
-            EPOCHS, STEPS, VALIDATION_STEPS,
+            EPOCHS,
+            STEPS,
+            VALIDATION_STEPS,
         )

@@ -61,7 +61,11 @@ def draw_times(size: int, timesteps: int, prior_end: float, generator: torch.Gen
 
 
 def recycle(
-    reference: Tensor, t: Tensor, timesteps: int, share: float, predict: Callable[[Tensor], Tensor],
+    reference: Tensor,
+    t: Tensor,
+    timesteps: int,
+    share: float,
+    predict: Callable[[Tensor], Tensor],
     generator: torch.Generator,
 ) -> Tensor:
     """Replace the reference of a share of the batch by the model's own prediction made at t = T (recycling).

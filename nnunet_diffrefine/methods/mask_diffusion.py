@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nnunet_diffrefine.batch import Foreground, RefineBatch
 from nnunet_diffrefine.config import ConfigError, RefineConfig
-from nnunet_diffrefine.diffusion import GaussianProcess, from_config, sample
+from nnunet_diffrefine.diffusion import GaussianProcess, sample
 from nnunet_diffrefine.methods.base import (
     AbstractRefineMethod,
     Denoiser,
@@ -26,8 +26,6 @@ from nnunet_diffrefine.methods.base import (
 class MaskDiffusion(AbstractRefineMethod):
     """Conditional Gaussian diffusion of the reference mask."""
 
-    process: GaussianProcess
-
     def __init__(self, config: RefineConfig, foreground: Foreground) -> None:
         super().__init__(config, foreground)
         self.prediction = config.process.prediction
@@ -35,7 +33,8 @@ class MaskDiffusion(AbstractRefineMethod):
             raise ConfigError("diffrefine setting 'process.kind': mask_diffusion needs 'gaussian'.")
         if self.prediction != "x0" and config.training.deep_supervision:
             raise ConfigError("diffrefine setting 'training.deep_supervision' must be false to predict epsilon or v.")
-        self.process = from_config(config.process, foreground.exclusive, config.sampling.eta)
+        p = config.process
+        self.process = GaussianProcess(p.timesteps, p.schedule, p.input_scale, config.sampling.eta)
 
     def channels(self, image_channels: int) -> tuple[int, int]:
         """Image, prior and x_t in; heads (x0) or foreground channels (epsilon, v) out."""
@@ -80,7 +79,9 @@ class MaskDiffusion(AbstractRefineMethod):
         """Mean over the seeds of the sampled mask, as logits."""
         sampling = self.config.sampling
         draws = [
-            sample(self.process, lambda x, t: self.predict(denoiser, image, prior, x, t), prior, sampling.steps, generator)
+            sample(
+                self.process, lambda x, t: self.predict(denoiser, image, prior, x, t), prior, sampling.steps, generator
+            )
             for _ in range(sampling.samples)
         ]
         return self.foreground.logits((torch.stack(draws).mean(0) + 1) / 2)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -19,10 +21,10 @@ class TimeConditionedUNet(nn.Module):
         NotImplementedError: the planned architecture has no such stages.
     """
 
-    def __init__(self, unet: nn.Module, embedding_size: int = 128) -> None:
+    def __init__(self, unet: Any, embedding_size: int = 128) -> None:  # noqa: ANN401 (nnU-Net's untyped networks)
         super().__init__()
         _require_stages(unet)
-        self.unet = unet
+        self.unet: Any = unet
         self.time = TimeEmbedding(embedding_size)
         widths = list(unet.encoder.output_channels)
         self.encoder_film = nn.ModuleList(FiLM(embedding_size, width) for width in widths)

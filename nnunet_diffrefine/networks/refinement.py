@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from nnunet_diffrefine.batch import Foreground
 from nnunet_diffrefine.config import SamplingConfig
+from nnunet_diffrefine.networks.denoiser import TimeConditionedUNet
 
 
 class Refiner(Protocol):
@@ -61,7 +62,7 @@ class RefinementNetwork(nn.Module):
     def __init__(
         self,
         stage_one: nn.Module,
-        denoiser: nn.Module,
+        denoiser: TimeConditionedUNet,
         method: Refiner,
         foreground: Foreground,
         sampling: SamplingConfig,

@@ -12,7 +12,6 @@ import math
 import torch
 from torch import Tensor, nn
 
-
 MAX_PERIOD = 10_000.0
 
 

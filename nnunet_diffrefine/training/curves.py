@@ -10,7 +10,7 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("agg")
-import matplotlib.pyplot as plt  # noqa: E402 (the backend must be chosen first)
+import matplotlib.pyplot as plt
 
 
 @dataclass
@@ -26,7 +26,7 @@ class RefinementCurves:
         keep = sum(e < epoch for e in self.epoch)
         for values, value in zip(self.columns, (epoch, stage_one, refined), strict=True):
             del values[keep:]
-            values.append(value)  # type: ignore[arg-type]
+            values.append(value)
 
     @property
     def columns(self) -> tuple[list, list, list]:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+_Tensors = tuple[Tensor, ...] | list[Tensor]
+
 
 class WarmupCosine:
     """Linear warm-up, then cosine to zero, in (fractional) epochs; stateless, so resuming needs only the epoch.
@@ -40,7 +42,7 @@ class WarmupCosine:
 def ema_model(module: nn.Module, decay: float) -> AveragedModel:
     """Exponential moving average of ``module``, with a decay that warms up as (1 + n) / (10 + n)."""
 
-    def average(averaged: tuple[Tensor, ...], current: tuple[Tensor, ...], updates: Tensor | int) -> None:
+    def average(averaged: _Tensors, current: _Tensors, updates: Tensor | int) -> None:
         n = int(updates)
         weight = 1 - min(decay, (1 + n) / (10 + n))
         torch._foreach_lerp_(list(averaged), list(current), weight)

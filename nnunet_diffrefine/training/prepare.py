@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,7 @@ def prepare(
     plans = with_block(plans, configuration, config, resolved)
     own_folder = model_folder(dataset, StageOneId(trainer, plans["plans_name"], configuration))
     refuse_mixed_settings(own_folder, fold, plans, configuration)
+    _refuse_read_only(own_folder)
     return Prepared(plans, config, resolved, store, checkpoint)
 
 
@@ -148,6 +150,15 @@ def _refuse_unsupported(configuration: dict[str, Any], name: str) -> None:
         raise NotImplementedError(f"Configuration '{name}' is a cascade stage; refine its result with 3d_fullres.")
 
 
+def _refuse_read_only(folder: Path) -> None:
+    existing = next(f for f in (folder, *folder.parents) if f.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise RuntimeError(
+            f"Cannot write the model to {folder}: {existing} is not a folder this user may write to. "
+            "Mend its permissions, or set nnUNet_results to a folder that is writable."
+        )
+
+
 def _refuse_fold(dataset: str, stage_one: StageOneId, fold: int | str) -> None:
     if fold == "all":
         raise RuntimeError(
@@ -156,9 +167,10 @@ def _refuse_fold(dataset: str, stage_one: StageOneId, fold: int | str) -> None:
         )
     file = splits_file(dataset)
     if not file.is_file():
-        raise RuntimeError(f"{file} is missing. Train stage one first: nnUNetv2_train {dataset} "
-                           f"{stage_one.configuration} 0 -tr {stage_one.trainer} -p {stage_one.plans}")
+        raise RuntimeError(
+            f"{file} is missing. Train stage one first: nnUNetv2_train {dataset} "
+            f"{stage_one.configuration} 0 -tr {stage_one.trainer} -p {stage_one.plans}"
+        )
     folds = len(json.loads(file.read_text()))
     if not 0 <= int(fold) < folds:
         raise RuntimeError(f"Fold {fold} is not in {file}, which defines folds 0..{folds - 1}.")
-

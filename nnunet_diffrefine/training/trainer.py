@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from nnunet_diffrefine.batch import RefineBatch
 from nnunet_diffrefine.config import RefineConfig
 from nnunet_diffrefine.data import PriorDataset, PriorTransform
+from nnunet_diffrefine.methods import AbstractRefineMethod
 from nnunet_diffrefine.networks.refinement import RefinementNetwork
 from nnunet_diffrefine.training.build import build_network
 from nnunet_diffrefine.training.curves import RefinementCurves
@@ -99,6 +100,11 @@ class DiffRefineTrainer(nnUNetTrainer):
         """The network without its distributed wrapper."""
         return self.network.module if self.is_ddp else self.network
 
+    @property
+    def refine_method(self) -> AbstractRefineMethod:
+        """The method the network was built for."""
+        return cast(AbstractRefineMethod, self.refinement.method)
+
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, WarmupCosine]:
         """AdamW on the denoiser alone; warm-up, then cosine."""
         parameters = self.network.denoiser.parameters()
@@ -149,7 +155,7 @@ class DiffRefineTrainer(nnUNetTrainer):
         self.step_in_epoch += 1
         self.optimizer.zero_grad(set_to_none=True)
         with mixed_precision(self.device):
-            loss = self.refinement.method.loss(self.network, self.refine_batch(batch), self.loss, self.generator)
+            loss = self.refine_method.loss(self.network, self.refine_batch(batch), self.loss, self.generator)
         self._optimise(loss)
         self.ema.update_parameters(self.refinement.denoiser)
         return {"loss": loss.detach().cpu().numpy()}

@@ -90,7 +90,9 @@ def test_it_lists_nnunets_cases(dataset: PriorDataset) -> None:
     assert dataset.source_folder == dataset.dataset.source_folder
 
 
-@pytest.mark.parametrize("bbox", [[[0, 4], [3, 9], [1, 2]], [[-5, 3], [0, 30], [20, 24]], [[-2, 22], [-2, 20], [-2, 24]]])
+@pytest.mark.parametrize(
+    "bbox", [[[0, 4], [3, 9], [1, 2]], [[-5, 3], [0, 30], [20, 24]], [[-2, 22], [-2, 20], [-2, 24]]]
+)
 def test_crops_and_padding_are_those_of_the_whole_array(dataset: PriorDataset, bbox: list[list[int]]) -> None:
     data = dataset.load_case("large")[0]
     lazy, whole = crop_and_pad_nd(data, bbox, 0), crop_and_pad_nd(data[:], bbox, 0)

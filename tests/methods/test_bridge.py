@@ -4,6 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
+
+from nnunet_diffrefine.batch import Foreground, RefineBatch
+from nnunet_diffrefine.config import ConfigError, RefineConfig
+from nnunet_diffrefine.methods import Bridge
 from tests.builders import (
     LABELS,
     REGIONS,
@@ -15,11 +20,6 @@ from tests.builders import (
     nnunet_loss,
     with_ignore,
 )
-from torch import Tensor
-
-from nnunet_diffrefine.batch import Foreground, RefineBatch
-from nnunet_diffrefine.config import ConfigError, RefineConfig
-from nnunet_diffrefine.methods import Bridge
 
 T = 4
 BOTH = pytest.mark.parametrize("foreground", [LABELS, REGIONS], ids=["labels", "regions"])
@@ -42,7 +42,9 @@ class Recording:
         return self.network(x, t)
 
 
-def bridge(foreground: Foreground, state: str = "deterministic", steps: int = 1, samples: int = 1, **training) -> Bridge:
+def bridge(
+    foreground: Foreground, state: str = "deterministic", steps: int = 1, samples: int = 1, **training
+) -> Bridge:
     process, sampling = {"timesteps": T, "state": state}, {"steps": steps, "samples": samples}
     return method_of(foreground, process=process, sampling=sampling, training=training)
 

@@ -1,27 +1,27 @@
-"""What every method promises: a perfect denoiser gives the reference back, ignored voxels do not count, draws replay."""
+"""What every method promises: a perfect denoiser gives the reference back, ignored voxels do not count."""
 
 from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
+
+from nnunet_diffrefine.batch import Foreground, RefineBatch
+from nnunet_diffrefine.methods import METHODS, AbstractRefineMethod
+from nnunet_diffrefine.methods.base import draw_times, recycle
 from tests.builders import (
     LABELS,
     REGIONS,
     TinyDenoiser,
     batch_of,
     generator,
+    label_maps,
     method_of,
     nnunet_loss,
     stage_one_logits,
-    label_maps,
     true_output,
     with_ignore,
 )
-from torch import Tensor
-
-from nnunet_diffrefine.batch import Foreground, RefineBatch
-from nnunet_diffrefine.methods import METHODS, AbstractRefineMethod
-from nnunet_diffrefine.methods.base import draw_times, recycle
 
 T = 4
 FLAT = {"deep_supervision": False}

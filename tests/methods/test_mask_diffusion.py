@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.builders import LABELS, REGIONS, TinyDenoiser, batch_of, generator, method_of, nnunet_loss, with_ignore
 from torch import Tensor
 
 from nnunet_diffrefine.batch import Foreground, RefineBatch
 from nnunet_diffrefine.config import ConfigError, RefineConfig
 from nnunet_diffrefine.methods import MaskDiffusion
+from tests.builders import LABELS, REGIONS, TinyDenoiser, batch_of, generator, method_of, nnunet_loss, with_ignore
 
 T = 8
 BOTH = pytest.mark.parametrize("foreground", [LABELS, REGIONS], ids=["labels", "regions"])

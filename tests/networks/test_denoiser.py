@@ -3,11 +3,11 @@
 import pytest
 import torch
 from dynamic_network_architectures.architectures.unet import ResidualUNet
-from tests.builders import generator, unet
 from torch import Tensor, nn
 
 from nnunet_diffrefine.networks.denoiser import TimeConditionedUNet
 from nnunet_diffrefine.networks.time_embedding import FiLM, TimeEmbedding, sinusoid
+from tests.builders import generator, unet
 
 KINDS = pytest.mark.parametrize("kind", ["plain", "residual"])
 DEEP = pytest.mark.parametrize("deep", [False, True], ids=["one output", "deep supervision"])
@@ -160,7 +160,9 @@ def test_other_architectures_are_refused_by_name() -> None:
         TimeConditionedUNet(nn.Conv3d(1, 1, 1))
 
 
-@pytest.mark.parametrize("missing", ["encoder.output_channels", "decoder.stages", "decoder.transpconvs", "decoder.seg_layers"])
+@pytest.mark.parametrize(
+    "missing", ["encoder.output_channels", "decoder.stages", "decoder.transpconvs", "decoder.seg_layers"]
+)
 def test_a_missing_part_is_named(missing: str) -> None:
     network = unet()
     part, attribute = missing.split(".")

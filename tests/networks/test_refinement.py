@@ -5,11 +5,11 @@ import pickle
 
 import pytest
 import torch
-from tests.builders import LABELS, REGIONS, SPACE, generator, network_of
 from torch import Tensor, nn
 
 from nnunet_diffrefine.batch import Foreground
 from nnunet_diffrefine.networks.refinement import RefinementNetwork, mirrored_mean
+from tests.builders import LABELS, REGIONS, SPACE, generator, network_of
 
 BOTH = pytest.mark.parametrize("foreground", [LABELS, REGIONS], ids=["labels", "regions"])
 ALWAYS = {"min_foreground": 0.0}
@@ -186,7 +186,8 @@ class TestStageOne:
     def test_its_share_of_the_result(self, foreground: Foreground) -> None:
         x = images()
         results = {
-            weight: network_of(foreground, sampling={**ALWAYS, "stage_one_weight": weight})(x) for weight in (0, 0.25, 1)
+            weight: network_of(foreground, sampling={**ALWAYS, "stage_one_weight": weight})(x)
+            for weight in (0, 0.25, 1)
         }
         stage_one = network_of(foreground).stage_one_logits(x)
         assert torch.equal(results[1], stage_one)

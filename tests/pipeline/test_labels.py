@@ -8,6 +8,7 @@ import signal
 import time
 
 import pytest
+import SimpleITK as sitk
 import torch
 from workspace import CONFIGURATION, TINY
 
@@ -16,8 +17,21 @@ pytestmark = pytest.mark.nnunet
 
 
 def export(workspace, *options: str) -> tuple[str, ...]:
-    return ("nnUNetv2_diffrefine", "export", "-d", workspace.number, "-c", CONFIGURATION, "-tr", STAGE_ONE, "-p", TINY,
-            "-device", "cpu", *options)
+    return (
+        "nnUNetv2_diffrefine",
+        "export",
+        "-d",
+        workspace.number,
+        "-c",
+        CONFIGURATION,
+        "-tr",
+        STAGE_ONE,
+        "-p",
+        TINY,
+        "-device",
+        "cpu",
+        *options,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +50,21 @@ def test_exported_once_is_done(exported):
     before = {f.name: f.stat().st_mtime_ns for f in folder.glob("*.b2nd")}
     exported.run(*export(exported))
     assert before == {f.name: f.stat().st_mtime_ns for f in folder.glob("*.b2nd")}
-    assert len(before) == 4
+    assert len(before) == 6
+
+
+def test_trains_with_empty_small_and_large_cases(exported):
+    """Fold 0 validates on phantom_000, 002 (smaller than the patch), 004; fold 1 on 001 (empty), 003 (large), 005."""
+    exported.together(*(exported.train(fold, REFINER) for fold in (0, 1)))
+    for fold, cases in enumerate((("000", "002", "004"), ("001", "003", "005"))):
+        folder = exported.model(REFINER) / f"fold_{fold}" / "validation"
+        summary = json.loads((folder / "summary.json").read_text())
+        assert len(summary["metric_per_case"]) == 3
+        for case in cases:
+            predicted = sitk.ReadImage(str(folder / f"phantom_{case}.nii.gz"))
+            reference = sitk.ReadImage(str(exported.raw / "labelsTr" / f"phantom_{case}.nii.gz"))
+            assert predicted.GetSize() == reference.GetSize()
+            assert predicted.GetSpacing() == reference.GetSpacing()
 
 
 def test_changed_splits_are_refused_before_anything_is_written(exported):
@@ -45,11 +73,11 @@ def test_changed_splits_are_refused_before_anything_is_written(exported):
     swapped = json.loads(original)[::-1]
     file.write_text(json.dumps(swapped))
     try:
-        output = exported.run(*exported.train(1, "DiffRefineTrainer_tiny"), fails=True)
+        output = exported.run(*exported.train(1, "DiffRefineTrainer_5epochs"), fails=True)
     finally:
         file.write_text(original)
     assert "splits" in output
-    assert not (exported.model(REFINER) / "fold_1").exists()
+    assert not exported.model("DiffRefineTrainer_5epochs").exists()
 
 
 def test_killed_training_continues_where_it_stopped(exported):

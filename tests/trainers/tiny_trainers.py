@@ -1,10 +1,10 @@
 """Trainers that take two steps, for whole runs through nnU-Net's commands in the tests."""
 
 import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_diffrefine.stage_one.trainer import DiffRefineStageOneTrainer
 from nnunet_diffrefine.training.trainer import DiffRefineTrainer
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 
 def _shorten(trainer, epochs=1):

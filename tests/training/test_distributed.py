@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
-from tests.builders import LABELS, batch_of, generator, method_of, nnunet_loss, unet
 from torch import Tensor, nn
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 from torch.nn.parallel import DistributedDataParallel
@@ -17,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from nnunet_diffrefine.batch import RefineBatch
 from nnunet_diffrefine.networks.denoiser import TimeConditionedUNet
 from nnunet_diffrefine.networks.refinement import RefinementNetwork
+from tests.builders import LABELS, batch_of, generator, method_of, nnunet_loss, unet
 
 RANKS, STEPS = 2, 3
 HANGING, LIMIT = 60, 180  # seconds a collective may wait, and all of it may take with its start

@@ -94,9 +94,7 @@ class TestAverage:
         for n, value in enumerate(values, 1):
             set_to(module, value)
             average.update_parameters(module)
-            expected = sum(
-                values[k] * (1 - decays[k]) * math.prod(decays[k + 1 : n]) for k in range(n)
-            )
+            expected = sum(values[k] * (1 - decays[k]) * math.prod(decays[k + 1 : n]) for k in range(n))
             for parameter in average.module.parameters():
                 torch.testing.assert_close(parameter, torch.full_like(parameter, expected))
 
