@@ -1,7 +1,7 @@
-"""Compare systems on the validation cases of one or more folds: Dice and HD95 per class, against stage one.
+r"""Compare systems on the validation cases of one or more folds: Dice and HD95 per class, against stage one.
 
-python benchmarks/crossval_table.py -d 4 -p nnUNetPlansSmall -f 0 1 --stage_one nnUNetTrainer_bench1200 \\
-    refined=DiffRefineTrainer_bench1200 second=nnUNetTrainer_bench1200_second \\
+python benchmarks/crossval_table.py -d 4 -p nnUNetPlansSmall -f 0 1 --stage_one nnUNetTrainer_bench1200 \
+    refined=DiffRefineTrainer_bench1200 second=nnUNetTrainer_bench1200_second \
     "stage one + second=nnUNetTrainer_bench1200+nnUNetTrainer_bench1200_second" -o docs/results/hippocampus.json
 
 A system is NAME=TRAINER, or NAME=TRAINER+TRAINER for the mean of their probabilities (nnU-Net's ensembling); all need

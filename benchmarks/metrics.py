@@ -29,7 +29,7 @@ def change_quality(before: np.ndarray, after: np.ndarray, reference: np.ndarray)
 
     Returns:
         ``flip_precision``: share of changed voxels that are right now; ``flip_harm``: share that were right before;
-        ``error_recall``: share of wrong voxels that are right now; ``error_dice``: Dice of changed against wrong voxels.
+        ``error_recall``: share of wrong voxels that are right now; ``error_dice``: Dice of changed and wrong voxels.
     """
     changed, wrong = before != after, before != reference
     mended = changed & (after == reference)

@@ -1,7 +1,7 @@
-"""Refine the exported whole-volume priors of a fold's validation cases under several sampling settings.
+r"""Refine the exported whole-volume priors of a fold's validation cases under several sampling settings.
 
-python benchmarks/refine_exported.py -d 4 -p nnUNetPlansSmall -tr DiffRefineTrainer_bench1200 -f 0 \\
-    "1 step=" "2 steps=sampling.steps=2" "mirrored=sampling.mirroring=true" "half=sampling.stage_one_weight=0.5" --window
+python benchmarks/refine_exported.py -d 4 -p nnUNetPlansSmall -tr DiffRefineTrainer_bench1200 -f 0 \
+    "1 step=" "2 steps=sampling.steps=2" "half=sampling.stage_one_weight=0.5" --window
 
 Answers two questions cheaply, because stage one need not run: do more steps, mirroring or averaging help; and
 (--window) what does it cost that prediction sees priors of single windows while training saw those of whole volumes.

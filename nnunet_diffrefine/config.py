@@ -185,6 +185,8 @@ def _refuse_unknown_keys(cls: type, values: Mapping[str, Any], prefix: str) -> N
     for key, value in values.items():
         if key not in names:
             raise ConfigError(_unknown_key(f"{prefix}{key}", key, names, prefix))
+        if isinstance(value, bool) and hints[key] in (int, float):
+            raise ConfigError(f"diffrefine setting '{prefix}{key}' is {value}; it must be a number.")
         if is_dataclass(hints[key]):
             _refuse_unknown_keys(hints[key], value, prefix=f"{key}.")
 

@@ -6,6 +6,8 @@ import argparse
 import json
 from typing import Any
 
+from nnunet_diffrefine.config import ConfigError, RefineConfig
+
 EPILOG = """example:
   nnUNetv2_diffrefine plan -d 4 -o nnUNetPlans_3steps --set sampling.steps=3 process.state=discrete
   nnUNetv2_train 4 3d_fullres 0 -tr DiffRefineTrainer -p nnUNetPlans_3steps
@@ -38,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     """Write or show the variant."""
     from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name  # slow; --help must not be
 
-    from nnunet_diffrefine.config import ConfigError, RefineConfig
+    from nnunet_diffrefine.methods import METHODS
     from nnunet_diffrefine.plans import merge, preset, write_variant
 
     changes = parse_changes(args.set)
@@ -49,7 +51,9 @@ def run(args: argparse.Namespace) -> int:
     if not args.o:
         raise ConfigError("-o is missing: name the new plans, e.g. -o nnUNetPlans_3steps (or use --show).")
     target = write_variant(maybe_convert_to_dataset_name(args.d), args.p, args.o, args.c, args.method, changes)
-    print(f"Wrote {target}\nTrain with: nnUNetv2_train {args.d} {args.c} FOLD -tr DiffRefineTrainer -p {args.o}")
+    print(
+        f"Wrote {target}\nTrain with: nnUNetv2_train {args.d} {args.c} FOLD -tr {METHODS[args.method].trainer} -p {args.o}"
+    )
     return 0
 
 
@@ -57,17 +61,19 @@ def parse_changes(pairs: list[str]) -> dict[str, Any]:
     """``["sampling.steps=3"]`` -> ``{"sampling": {"steps": 3}}``; values are JSON, anything else a string.
 
     Raises:
-        ValueError: a pair has no ``=``.
+        ConfigError: a pair has no ``=``, or names a group and a setting inside it.
     """
     changes: dict[str, Any] = {}
     for pair in pairs:
         key, equals, text = pair.partition("=")
         if not equals:
-            raise ValueError(f"--set got {pair!r}; wanted KEY=VALUE, e.g. sampling.steps=3.")
+            raise ConfigError(f"--set got {pair!r}; wanted KEY=VALUE, e.g. sampling.steps=3.")
         *groups, name = key.split(".")
         target = changes
         for group in groups:
             target = target.setdefault(group, {})
+            if not isinstance(target, dict):
+                raise ConfigError(f"--set gives {group!r} both a value and settings inside it ({pair!r}).")
         target[name] = _value(text)
     return changes
 

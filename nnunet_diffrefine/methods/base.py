@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -27,6 +28,9 @@ class AbstractRefineMethod(ABC):
         config: settings; stored, not interpreted here.
         foreground: meaning of the R foreground channels.
     """
+
+    trainer: ClassVar[str]
+    """Class name of the method's trainer, for ``nnUNetv2_train -tr``."""
 
     def __init__(self, config: RefineConfig, foreground: Foreground) -> None:
         self.config = config

@@ -33,6 +33,8 @@ from nnunet_diffrefine.methods.base import (
 class Bridge(AbstractRefineMethod):
     """Corrected-mask prediction along a bridge that ends at the prior."""
 
+    trainer = "DiffRefineTrainer"
+
     def __init__(self, config: RefineConfig, foreground: Foreground) -> None:
         super().__init__(config, foreground)
         if config.process.kind != "bridge":

@@ -26,6 +26,8 @@ from nnunet_diffrefine.methods.base import (
 class MaskDiffusion(AbstractRefineMethod):
     """Conditional Gaussian diffusion of the reference mask."""
 
+    trainer = "DiffRefineTrainer_MaskDiffusion"
+
     def __init__(self, config: RefineConfig, foreground: Foreground) -> None:
         super().__init__(config, foreground)
         self.prediction = config.process.prediction

@@ -26,6 +26,8 @@ class TimeConditionedUNet(nn.Module):
         _require_stages(unet)
         self.unet: Any = unet
         self.time = TimeEmbedding(embedding_size)
+        if not self.deep_supervision:  # outputs that are never used would wait for gradients in distributed training
+            unet.decoder.seg_layers[:-1].requires_grad_(False)
         widths = list(unet.encoder.output_channels)
         self.encoder_film = nn.ModuleList(FiLM(embedding_size, width) for width in widths)
         self.decoder_film = nn.ModuleList(FiLM(embedding_size, width) for width in reversed(widths[:-1]))

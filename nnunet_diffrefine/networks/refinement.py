@@ -77,6 +77,8 @@ class RefinementNetwork(nn.Module):
         self.sampling = sampling
         self.stage_one_axes = tuple(stage_one_axes)
         self.refiner_axes = tuple(refiner_axes)
+        # Frozen stage one has nothing to synchronise; ranks may differ in their number of forward passes (recycling).
+        self._ddp_params_and_buffers_to_ignore = [f"stage_one.{name}" for name in stage_one.state_dict()]
 
     def train(self, mode: bool = True) -> RefinementNetwork:
         """Switch the denoiser's mode; stage one always stays in evaluation mode."""
@@ -109,12 +111,13 @@ class RefinementNetwork(nn.Module):
             return stage_one_logits
         result = stage_one_logits.clone()
         weight = self.sampling.stage_one_weight
-        logits = self.refine_window(image[seen], prior[seen]).float()
+        windows = zip(image[seen].split(1), prior[seen].split(1), strict=True)  # each with noise of its own
+        logits = torch.cat([self.refine_window(i, p).float() for i, p in windows])
         result[seen] = (1 - weight) * logits + weight * stage_one_logits[seen]
         return result
 
     def refine_window(self, image: Tensor, prior: Tensor) -> Tensor:
-        """Logits of the refiner alone, given image (B, C, *S) and prior probabilities (B, R, *S)."""
+        """Logits of the refiner alone, given image (1, C, *S) and prior probabilities (1, R, *S) of a window."""
         generator = torch.Generator(device=image.device).manual_seed(self.sampling.seed)
 
         def refine(image: Tensor, prior: Tensor) -> Tensor:

@@ -78,6 +78,8 @@ class DiffRefineTrainer(nnUNetTrainer):
         """nnU-Net's set-up, then stage one's weights, the averaged denoiser and, on CUDA, its compilation."""
         super().initialize()
         network = self.refinement
+        if self.is_ddp and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in network.denoiser.modules()):
+            raise NotImplementedError("Several GPUs with batch normalisation: use plans with instance normalisation.")
         checkpoint = torch.load(self.stage_one_checkpoint, map_location="cpu", weights_only=False)
         weights = {k.removeprefix("module."): v for k, v in checkpoint["network_weights"].items()}
         network.stage_one.load_state_dict(weights)
