@@ -51,9 +51,8 @@ def run(args: argparse.Namespace) -> int:
     if not args.o:
         raise ConfigError("-o is missing: name the new plans, e.g. -o nnUNetPlans_3steps (or use --show).")
     target = write_variant(maybe_convert_to_dataset_name(args.d), args.p, args.o, args.c, args.method, changes)
-    print(
-        f"Wrote {target}\nTrain with: nnUNetv2_train {args.d} {args.c} FOLD -tr {METHODS[args.method].trainer} -p {args.o}"
-    )
+    train = f"nnUNetv2_train {args.d} {args.c} FOLD -tr {METHODS[args.method].trainer} -p {args.o}"
+    print(f"Wrote {target}\nTrain with: {train}")
     return 0
 
 
