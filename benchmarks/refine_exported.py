@@ -47,10 +47,9 @@ class GivenPrior(nn.Module):
         return self.network.refined(image, foreground.logits(prior))
 
 
-def with_settings(network: RefinementNetwork, config: RefineConfig, axes: tuple[int, ...]) -> RefinementNetwork:
+def with_settings(network: RefinementNetwork, config: RefineConfig) -> RefinementNetwork:
     """Give a trained network other sampling settings."""
     network.sampling, network.method.config = config.sampling, config
-    network.refiner_axes = axes if config.sampling.mirroring else ()
     return network
 
 
@@ -77,7 +76,7 @@ def main() -> None:
     record = resolved.stage_one
     store = PriorStore(export_folder(dataset, StageOneId(record["trainer"], record["plans"], record["configuration"])))
     data = PriorDataset(infer_dataset_class(str(folder))(str(folder), list(cases)), store)
-    network, axes = predictor.network, tuple(record["mirror_axes"] or ())
+    network = predictor.network
     spacing = tuple(predictor.configuration_manager.spacing)
 
     def evaluate(name: str, module: nn.Module, channels: int | None) -> None:
@@ -92,10 +91,10 @@ def main() -> None:
     for variant in args.variants:
         name, _, pairs = variant.partition("=")
         changed = RefineConfig.from_dict(merge(config.to_dict(), parse_changes([p for p in pairs.split(",") if p])))
-        evaluate(name, GivenPrior(with_settings(network, changed, axes)), None)
+        evaluate(name, GivenPrior(with_settings(network, changed)), None)
     if args.window:
         channels = len(predictor.dataset_json["channel_names"])
-        evaluate("window priors, default", with_settings(network, config, axes), channels)
+        evaluate("window priors, default", with_settings(network, config), channels)
 
 
 def _score(predictor, case, channels, foreground, spacing):  # noqa: ANN001, ANN202

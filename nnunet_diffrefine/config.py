@@ -119,7 +119,7 @@ class SamplingConfig:
         samples: K, the number of seeds averaged; 1 suffices for a deterministic state.
         seed: of the noise; the same image and seed give the same bytes.
         eta: Gaussian only: 0 is DDIM, 1 is DDPM.
-        mirroring: average the refiner over nnU-Net's mirrored copies as well.
+        mirrored_copies: number of mirrored copies the refiner is averaged over, the window itself being the first.
         min_foreground: windows in which no foreground probability of stage one reaches this pass through unrefined.
         stage_one_weight: share of stage one's logits in the result; 0 is the refiner alone.
     """
@@ -128,13 +128,14 @@ class SamplingConfig:
     samples: int = 1
     seed: int = 0
     eta: float = 0.0
-    mirroring: bool = False
+    mirrored_copies: int = 1
     min_foreground: float = 0.01
     stage_one_weight: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuse values outside their range."""
         _require(self.steps >= 1, "sampling.steps", self.steps, "at least 1")
+        _between("sampling.mirrored_copies", self.mirrored_copies, 1, 8)
         _require(self.samples >= 1, "sampling.samples", self.samples, "at least 1")
         for key in ("eta", "min_foreground", "stage_one_weight"):
             _between(f"sampling.{key}", getattr(self, key), 0.0, 1.0)

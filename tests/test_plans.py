@@ -228,9 +228,10 @@ class TestCommand:
         return parser.parse_args(["plan", "-d", DATASET, *arguments])
 
     def test_pairs_become_nested_settings_with_json_values(self) -> None:
-        pairs = ["sampling.steps=3", "sampling.mirroring=true", "process.state=discrete", "process.input_scale=0.5"]
+        pairs = ["sampling.steps=3", "stage_one.mirroring=true", "process.state=discrete", "process.input_scale=0.5"]
         assert plan_command.parse_changes(pairs) == {
-            "sampling": {"steps": 3, "mirroring": True},
+            "sampling": {"steps": 3},
+            "stage_one": {"mirroring": True},
             "process": {"state": "discrete", "input_scale": 0.5},
         }
         assert plan_command.parse_changes(["stage_one.trainer=a=b"]) == {"stage_one": {"trainer": "a=b"}}

@@ -28,15 +28,19 @@ class Refiner(Protocol):
         """Image (B, C, *S) and prior (B, R, *S) -> logits (B, H, *S)."""
 
 
-def mirrored_mean(predict: Callable[..., Tensor], axes: Sequence[int], *inputs: Tensor) -> Tensor:
-    """Average ``predict`` over all mirrored copies of its inputs.
+def mirrored_mean(
+    predict: Callable[..., Tensor], axes: Sequence[int], *inputs: Tensor, copies: int | None = None
+) -> Tensor:
+    """Average ``predict`` over mirrored copies of its inputs.
 
     Args:
         predict: function of tensors (B, ., *S) that returns (B, ., *S).
         axes: spatial axes that may be mirrored, 0-based; empty for none.
         inputs: tensors mirrored together.
+        copies: how many copies; None for all. The first is unmirrored, the second mirrored along all axes.
     """
     flips = [c for n in range(len(axes) + 1) for c in combinations([axis + 2 for axis in axes], n)]
+    flips = [*flips[:1], *flips[:0:-1]][:copies]
     total = predict(*inputs)
     for flip in flips[1:]:
         total = total + torch.flip(predict(*(torch.flip(x, flip) for x in inputs)), flip)
@@ -56,7 +60,7 @@ class RefinementNetwork(nn.Module):
         foreground: meaning of the R foreground channels.
         sampling: settings of the result.
         stage_one_axes: spatial axes over whose mirrored copies stage one is averaged; empty for none.
-        refiner_axes: the same for the refiner.
+        refiner_axes: the same for the refiner, as many copies as the settings say.
     """
 
     def __init__(
@@ -123,4 +127,4 @@ class RefinementNetwork(nn.Module):
         def refine(image: Tensor, prior: Tensor) -> Tensor:
             return self.method.refine(self.denoiser, image, prior, generator)
 
-        return mirrored_mean(refine, self.refiner_axes, image, prior)
+        return mirrored_mean(refine, self.refiner_axes, image, prior, copies=self.sampling.mirrored_copies)

@@ -43,5 +43,5 @@ def build_network(
         foreground,
         config.sampling,
         stage_one_axes=axes if config.stage_one.mirroring else (),
-        refiner_axes=axes if config.sampling.mirroring else (),
+        refiner_axes=axes,
     )

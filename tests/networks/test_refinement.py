@@ -54,6 +54,21 @@ class TestMirroring:
             copies.append(convolution(x.flip(flips)).flip(flips))
         torch.testing.assert_close(mirrored_mean(convolution, (0, 2), x), torch.stack(copies).mean(0))
 
+    def test_copies_start_with_the_window_and_its_opposite(self) -> None:
+        x, seen = images(), []
+        mirrored_mean(lambda y: seen.append(y) or y, (0, 1, 2), x, copies=2)
+        assert len(seen) == 2
+        assert torch.equal(seen[0], x)
+        assert torch.equal(seen[1], x.flip((2, 3, 4)))
+
+    @pytest.mark.parametrize("copies", [1, 3, 8])
+    def test_the_refiner_runs_once_a_copy(self, copies: int) -> None:
+        network = network_of(LABELS, axes=(0, 1, 2), sampling={**ALWAYS, "mirrored_copies": copies})
+        calls = []
+        network.denoiser.register_forward_hook(lambda *_: calls.append(1))
+        network(images(1))
+        assert len(calls) == copies
+
     def test_without_axes_nothing_is_mirrored(self) -> None:
         seen: list[Tensor] = []
         x = images()
@@ -70,7 +85,7 @@ class TestMirroring:
     @BOTH
     @pytest.mark.parametrize("axes", [(0,), (1, 2), (0, 1, 2)])
     def test_network_is_equivariant_over_its_axes(self, foreground: Foreground, axes: tuple[int, ...]) -> None:
-        network, x = network_of(foreground, axes=axes, sampling={**ALWAYS, "steps": 2}), images()
+        network, x = network_of(foreground, axes=axes, sampling={**ALWAYS, "steps": 2, "mirrored_copies": 8}), images()
         result = network(x)
         for axis in range(3):
             mirrored = network(x.flip(axis + 2)).flip(axis + 2)
