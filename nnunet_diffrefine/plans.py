@@ -56,7 +56,7 @@ def read_block(configuration: Mapping[str, Any]) -> tuple[RefineConfig, Resolved
     Raises:
         ConfigError: the block is missing or was never resolved by a trainer.
     """
-    block = dict(configuration.get(BLOCK, {}))
+    block = _block(configuration)
     resolved = block.pop("resolved", None)
     if resolved is None:
         raise ConfigError(
@@ -72,13 +72,24 @@ def settings(configuration: Mapping[str, Any], method: str) -> RefineConfig:
     Raises:
         ConfigError: an unknown or ill-typed key, or a block written for another method.
     """
-    block = {k: v for k, v in dict(configuration.get(BLOCK, {})).items() if k != "resolved"}
+    block = {k: v for k, v in _block(configuration).items() if k != "resolved"}
+    _require_method(block, method)
+    return RefineConfig.from_dict(merge(preset(method), block))
+
+
+def _block(configuration: Mapping[str, Any]) -> dict[str, Any]:
+    block = configuration.get(BLOCK, {})
+    if not isinstance(block, Mapping):
+        raise ConfigError(f"The plans' '{BLOCK}' entry is {block!r}; it must be a group of settings.")
+    return dict(block)
+
+
+def _require_method(block: Mapping[str, Any], method: str) -> None:
     if block.get("method", method) != method:
         raise ConfigError(
-            f"The plans' diffrefine block is for method '{block['method']}', this trainer is for '{method}'. "
-            "Use the trainer of that method, or other plans (-p)."
+            f"The diffrefine block is for method '{block['method']}', not for '{method}'. Use the trainer of that "
+            "method (plan: -m), or other plans (-p)."
         )
-    return RefineConfig.from_dict(merge(preset(method), block))
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -124,7 +135,9 @@ def write_variant(
     target = folder / f"{name}.json"
     if target.exists() and not _is_variant(target):
         raise FileExistsError(f"{target} exists and is not a diffrefine variant; choose another name (-o).")
-    block = merge(preset(method), changes)
+    before = {k: v for k, v in _block(plans["configurations"][configuration]).items() if k != "resolved"}
+    block = merge(merge(preset(method), before), changes)
+    _require_method(block, method)
     RefineConfig.from_dict(block)
     plans["plans_name"] = name
     plans["configurations"][configuration][BLOCK] = block

@@ -106,7 +106,7 @@ class TestSettings:
         assert (config.process.input_scale, config.sampling.samples) == (0.5, 4)
 
     def test_a_block_of_another_method_is_refused(self) -> None:
-        with pytest.raises(ConfigError, match="for method 'bridge', this trainer is for 'mask_diffusion'"):
+        with pytest.raises(ConfigError, match="for method 'bridge', not for 'mask_diffusion'"):
             settings({BLOCK: {"method": "bridge"}}, "mask_diffusion")
 
     def test_a_wrong_block_is_refused(self) -> None:

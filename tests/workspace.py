@@ -56,7 +56,13 @@ class Workspace:
         """Start a command; its output is kept in a pipe."""
         arguments = [find_command(command[0]), *map(str, command[1:])]
         return subprocess.Popen(
-            arguments, env=self.env(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=self.folder
+            arguments,
+            env=self.env(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=self.folder,
+            start_new_session=True,  # so that a test can kill a command with all its workers
         )
 
     def run(self, *command: str, fails: bool = False) -> str:

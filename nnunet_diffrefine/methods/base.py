@@ -91,4 +91,5 @@ def recycle(
         return reference
     with torch.no_grad():
         own = predict(rows)
+    torch.clear_autocast_cache()  # older PyTorch would reuse the casts made without gradient (pytorch#165068)
     return reference.index_copy(0, rows, own.to(reference))

@@ -35,6 +35,8 @@ class MaskDiffusion(AbstractRefineMethod):
             raise ConfigError("diffrefine setting 'process.kind': mask_diffusion needs 'gaussian'.")
         if self.prediction != "x0" and config.training.deep_supervision:
             raise ConfigError("diffrefine setting 'training.deep_supervision' must be false to predict epsilon or v.")
+        if self.prediction != "x0" and config.training.recycling > 0:  # its noise would lead to the prediction, not x_0
+            raise ConfigError("diffrefine setting 'training.recycling' must be 0 to predict epsilon or v.")
         p = config.process
         self.process = GaussianProcess(p.timesteps, p.schedule, p.input_scale, config.sampling.eta)
 

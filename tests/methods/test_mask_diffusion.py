@@ -136,3 +136,17 @@ def test_what_cannot_work_is_refused() -> None:
         with pytest.raises(ConfigError, match=r"training.deep_supervision.*false"):
             diffusion(LABELS, prediction, deep_supervision=True)
     assert diffusion(LABELS, "x0", deep_supervision=True)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+def test_predicted_noise_refuses_recycling(prediction: str) -> None:
+    """Its noise would lead from the state to the model's own prediction, not to the reference."""
+    config = RefineConfig.from_dict(
+        {
+            "method": "mask_diffusion",
+            "process": {"kind": "gaussian", "prediction": prediction},
+            "training": {**FLAT, "recycling": 0.5},
+        }
+    )
+    with pytest.raises(ConfigError, match="training.recycling"):
+        MaskDiffusion(config, LABELS)

@@ -87,7 +87,7 @@ def test_killed_training_continues_where_it_stopped(exported):
     deadline = time.time() + 300
     while not (folder / "checkpoint_latest.pth").exists() and time.time() < deadline:
         time.sleep(0.2)
-    os.kill(process.pid, signal.SIGKILL)
+    os.killpg(process.pid, signal.SIGKILL)  # its loader processes too
     process.communicate()
     done = torch.load(folder / "checkpoint_latest.pth", weights_only=False)["current_epoch"]
     assert 0 < done < 6

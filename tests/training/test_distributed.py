@@ -107,6 +107,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return folder, error
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="this PyTorch has no gloo")
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_train_as_one(case: str, results: tuple[Path, str]) -> None:
