@@ -127,3 +127,16 @@ def test_after_the_env_line_nnunet_finds_every_trainer_in_the_wheel(installed):
     found = json.loads(out.splitlines()[-1])
     assert sorted(found) == TRAINERS
     assert all(installed.resolve() in Path(file).resolve().parents for file in found.values())
+
+
+def test_a_training_runs_from_the_wheel(installed, region_run):
+    """With nnU-Net's own entry point; only the shortened trainer comes from the tests."""
+    listed = _run(_python(installed), "-m", "nnunet_diffrefine.cli", "env", env=_clean_environment(installed))
+    folders = f"{shlex.split(listed)[1].split('=', 1)[1]}{os.pathsep}{REPOSITORY / 'tests' / 'trainers'}"
+    environment = {**region_run.env(), **_clean_environment(installed), "nnUNet_extTrainer": folders}
+    environment.pop("PYTHONPATH", None)
+    entry = "from nnunetv2.run.run_training import run_training_entry; run_training_entry()"
+    _, *arguments = region_run.train(1, "DiffRefineTrainer_tiny_long")
+    _run(_python(installed), "-c", entry, *arguments, cwd=installed, env=environment)
+    fold = region_run.model("DiffRefineTrainer_tiny_long") / "fold_1"
+    assert (fold / "validation" / "summary.json").is_file()

@@ -1,4 +1,4 @@
-"""Stage one of the benchmarks: nnU-Net's own trainer, 1,200 steps, bf16 autocast on the CPU."""
+"""Stage one of the benchmarks and its controls: nnU-Net's own trainer, few steps, bf16 autocast on the CPU."""
 
 import os
 
@@ -12,10 +12,12 @@ class nnUNetTrainer_bench1200(nnUNetTrainer):
     ``DIFFREFINE_BENCH_THREADS`` sets the number of torch threads, so that several folds can share a machine.
     """
 
+    steps_per_epoch = 100
+
     def __init__(self, plans, configuration, fold, dataset_json, device=torch.device("cuda")):
         super().__init__(plans, configuration, fold, dataset_json, device)
-        self.num_epochs, self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = 12, 100, 10
-        self.save_every = 2
+        self.num_epochs, self.num_iterations_per_epoch = 12, self.steps_per_epoch
+        self.num_val_iterations_per_epoch, self.save_every = max(self.steps_per_epoch // 10, 2), 2
         if device.type == "cpu" and "DIFFREFINE_BENCH_THREADS" in os.environ:
             torch.set_num_threads(int(os.environ["DIFFREFINE_BENCH_THREADS"]))
 
@@ -26,13 +28,15 @@ class nnUNetTrainer_bench1200(nnUNetTrainer):
             return super().train_step(batch)
 
 
-class nnUNetTrainer_bench2400(nnUNetTrainer_bench1200):
-    """The control "stage one trained on for the same extra budget": 2,400 steps in one go."""
-
-    def __init__(self, plans, configuration, fold, dataset_json, device=torch.device("cuda")):
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        self.num_epochs = 24
+class nnUNetTrainer_bench1200_on(nnUNetTrainer_bench1200):
+    """The control "stage one trained on for the same extra budget": start it with ``-pretrained_weights``."""
 
 
 class nnUNetTrainer_bench1200_second(nnUNetTrainer_bench1200):
     """The control "a second network of the same size and budget": another random initialisation."""
+
+
+class nnUNetTrainer_bench240(nnUNetTrainer_bench1200):
+    """240 steps, for full-size volumes on a CPU."""
+
+    steps_per_epoch = 20
