@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,11 @@ from nnunet_diffrefine.paths import (
     splits_file,
 )
 from nnunet_diffrefine.plans import Resolved, settings, with_block
+from nnunet_diffrefine.stage_one.fingerprint import resolve_configuration
 from nnunet_diffrefine.stage_one.leak import open_export
+from nnunet_diffrefine.stage_one.manifest import Manifest
+from nnunet_diffrefine.stage_one.mending import export_command
+from nnunet_diffrefine.stage_one.splits import read_splits
 from nnunet_diffrefine.stage_one.store import PriorStore
 
 
@@ -56,54 +60,59 @@ def prepare(
 
     Raises:
         NotImplementedError: a 2D or cascade configuration.
+        ValueError: the plans have no such configuration.
         ConfigError: a setting that cannot be used.
         RuntimeError: no export, several to choose from, fold ``all``, or a leak (:class:`LeakError`).
     """
     dataset = plans["dataset_name"]
-    settled = _inherited(plans, configuration)
+    settled = resolve_configuration(plans, configuration)
     _refuse_unsupported(settled, configuration)
     config = settings(settled, method)
-    stage_one = find_export(dataset, config.stage_one, StageOneId("", plans["plans_name"], configuration))
+    own = StageOneId(trainer, plans["plans_name"], configuration)
+    stage_one = find_export(dataset, config.stage_one, own, method)
     _refuse_fold(dataset, stage_one, fold)
     manifest, store = open_export(dataset, stage_one, plans, configuration, dataset_json)
     resolved = Resolved(asdict(manifest.foreground.foreground), asdict(manifest.stage_one))
-    checkpoint = fold_folder(dataset, stage_one, fold) / manifest.folds[int(fold)].checkpoint
+    checkpoint = _checkpoint(dataset, stage_one, manifest, int(fold))
     plans = with_block(plans, configuration, config, resolved)
-    own_folder = model_folder(dataset, StageOneId(trainer, plans["plans_name"], configuration))
+    own_folder = model_folder(dataset, own)
     refuse_mixed_settings(own_folder, fold, plans, configuration)
     _refuse_read_only(own_folder)
     return Prepared(plans, config, resolved, store, checkpoint)
 
 
-def find_export(dataset: str, wanted: StageOneConfig, own: StageOneId) -> StageOneId:
+def find_export(dataset: str, wanted: StageOneConfig, own: StageOneId, method: str) -> StageOneId:
     """The export to refine: the one the settings name, else the only one there is for these plans, or at all.
 
     Args:
         dataset: full dataset name.
         wanted: names, or ``auto``.
-        own: plans and configuration of the refiner.
+        own: the refiner.
+        method: of the refiner.
 
     Raises:
         RuntimeError: none fits, or several do.
     """
     root = exports_folder(dataset)
-    found = [StageOneId.from_name(f.parent.name) for f in sorted(root.glob(f"*/{MANIFEST}"))]
+    found = [StageOneId.from_name(f.parent.name) for f in sorted(root.glob(f"*__*__*/{MANIFEST}"))]
     fitting = [i for i in found if all(getattr(wanted, k) in ("auto", getattr(i, k)) for k in _ID_KEYS)]
     same = [i for i in fitting if (i.plans, i.configuration) == (own.plans, own.configuration)]
     fitting = same or fitting
     if not fitting:
-        trainer = "nnUNetTrainer" if wanted.trainer == "auto" else wanted.trainer
-        plans = own.plans if wanted.plans == "auto" else wanted.plans
+        default = StageOneId("nnUNetTrainer", own.plans, own.configuration)
+        named = {key: getattr(wanted, key) for key in _ID_KEYS if getattr(wanted, key) != "auto"}
+        meant = "".join(f", stage_one.{key}={value}" for key, value in named.items())
         there = f" Exports there are: {', '.join(i.name for i in found)}." if found else ""
         raise RuntimeError(
-            f"No out-of-fold predictions of stage one in {root}.{there} Export them with\n"
-            f"  nnUNetv2_diffrefine export -d {dataset} -c {own.configuration} -tr {trainer} -p {plans}"
+            f"No out-of-fold predictions of stage one in {root}{meant}.{there} Export them with\n"
+            f"  {export_command(dataset, replace(default, **named))}"
         )
     if len(fitting) > 1:
+        choice = " ".join(f"stage_one.{key}={getattr(fitting[0], key)}" for key in _ID_KEYS)
         raise RuntimeError(
             f"Several stage ones are exported for {dataset}: {', '.join(i.name for i in fitting)}. Choose one with\n"
-            f"  nnUNetv2_diffrefine plan -d {dataset} -c {own.configuration} -p {own.plans} -o NEW_PLANS "
-            f"--set stage_one.trainer={fitting[0].trainer}\nand train with -p NEW_PLANS."
+            f"  nnUNetv2_diffrefine plan -d {dataset} -c {own.configuration} -p {own.plans} -m {method} -o NEW_PLANS "
+            f"--set {choice}\nand train with -p NEW_PLANS."
         )
     return fitting[0]
 
@@ -112,14 +121,16 @@ _ID_KEYS = ("trainer", "plans", "configuration")
 
 
 def refuse_mixed_settings(folder: Path, fold: int | str, plans: dict[str, Any], configuration: str) -> None:
-    """Refuse to train a fold into a model folder whose other folds have other settings.
+    """Refuse to train a fold into a model folder whose other folds, or its own past, have other settings.
 
-    nnU-Net keeps one ``plans.json`` a model folder, so folds of different settings cannot share it.
+    nnU-Net keeps one ``plans.json`` a model folder, so folds of different settings cannot share it. A fold that is
+    trained anew may change them; one that is continued (``--c``) may not.
 
     Raises:
-        RuntimeError: another trained fold was made with other settings.
+        RuntimeError: a trained fold that stays was made with other settings.
     """
-    others = [f.parent.name for f in folder.glob("fold_*/checkpoint_*.pth") if f.parent.name != f"fold_{fold}"]
+    trained = {f.parent.name for f in folder.glob("fold_*/checkpoint_*.pth")}
+    others = trained if plans.get("continue_training") else trained - {f"fold_{fold}"}
     file = folder / "plans.json"
     if not others or not file.is_file():
         return
@@ -128,26 +139,27 @@ def refuse_mixed_settings(folder: Path, fold: int | str, plans: dict[str, Any], 
     if before is not None and before != now:
         differing = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
         raise RuntimeError(
-            f"{folder} holds {', '.join(sorted(set(others)))} trained with other diffrefine settings "
+            f"{folder} holds {', '.join(sorted(others))} trained with other diffrefine settings "
             f"({', '.join(differing)}). Train this fold with the same settings, or write the new ones under another "
-            "plans name (nnUNetv2_diffrefine plan -o NEW_PLANS) and train with -p NEW_PLANS."
+            "plans name (nnUNetv2_diffrefine plan -d DATASET -o NEW_PLANS) and train with -p NEW_PLANS."
         )
 
 
-def _inherited(plans: dict[str, Any], configuration: str) -> dict[str, Any]:
-    """A configuration with what it inherits; shallow, as nnU-Net resolves it."""
-    if configuration not in plans["configurations"]:
-        raise RuntimeError(f"Configuration '{configuration}' is not in the plans: {sorted(plans['configurations'])}.")
-    values = plans["configurations"][configuration]
-    parent = values.get("inherits_from")
-    return {**_inherited(plans, parent), **values} if parent else dict(values)
+def _checkpoint(dataset: str, stage_one: StageOneId, manifest: Manifest, fold: int) -> Path:
+    if fold not in manifest.folds:
+        raise RuntimeError(
+            f"Fold {fold} of {stage_one.name} is not exported. Export it: {export_command(dataset, stage_one, [fold])}"
+        )
+    return fold_folder(dataset, stage_one, fold) / manifest.folds[fold].checkpoint
 
 
 def _refuse_unsupported(configuration: dict[str, Any], name: str) -> None:
     if len(configuration["patch_size"]) != 3:
         raise NotImplementedError(f"Configuration '{name}' is 2D; the refiner works in 3D. Use 3d_fullres.")
     if configuration.get("previous_stage"):
-        raise NotImplementedError(f"Configuration '{name}' is a cascade stage; refine its result with 3d_fullres.")
+        raise NotImplementedError(
+            f"Configuration '{name}' is a cascade stage, which cannot be refined. Use 3d_fullres."
+        )
 
 
 def _refuse_read_only(folder: Path) -> None:
@@ -160,17 +172,11 @@ def _refuse_read_only(folder: Path) -> None:
 
 
 def _refuse_fold(dataset: str, stage_one: StageOneId, fold: int | str) -> None:
+    folds = range(len(read_splits(dataset, stage_one)))
     if fold == "all":
         raise RuntimeError(
             "Fold 'all' cannot be refined: a model trained on all cases has no out-of-fold prediction of any of them. "
-            "Train folds 0..4 instead and predict with -f 0 1 2 3 4."
+            f"Train folds 0..{folds[-1]} instead and predict with -f {' '.join(map(str, folds))}."
         )
-    file = splits_file(dataset)
-    if not file.is_file():
-        raise RuntimeError(
-            f"{file} is missing. Train stage one first: nnUNetv2_train {dataset} "
-            f"{stage_one.configuration} 0 -tr {stage_one.trainer} -p {stage_one.plans}"
-        )
-    folds = len(json.loads(file.read_text()))
-    if not 0 <= int(fold) < folds:
-        raise RuntimeError(f"Fold {fold} is not in {file}, which defines folds 0..{folds - 1}.")
+    if int(fold) not in folds:
+        raise RuntimeError(f"Fold {fold} is not in {splits_file(dataset)}, which defines folds 0..{folds[-1]}.")
