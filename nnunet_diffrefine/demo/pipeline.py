@@ -106,7 +106,7 @@ class Demo:
         if not (self.raw / "imagesTs").is_dir() and self.source is not None:
             return []
         images, out = str(self.raw / "imagesTs"), str(self.folder / "predictions")
-        options = ["-tr", REFINER, "-f", *folds, "-device", self.device, "-npp", "1", "-nps", "1"]
+        options = ["-tr", REFINER, "-f", *folds, "-device", self.device, "-npp", "0", "-nps", "0"]
         return [Step("predict new cases", ["nnUNetv2_predict", "-i", images, "-o", out, *model, *options])]
 
     def clean(self) -> None:
