@@ -40,9 +40,9 @@ def predict(workspace: Workspace, out: str, *options: str, images=None) -> dict[
         "-device",
         "cpu",
         "-npp",
-        "1",
+        "0",
         "-nps",
-        "1",
+        "0",
         *options,
     )
     return {f.name: read(f) for f in sorted(target.glob("*.nii.gz"))}
