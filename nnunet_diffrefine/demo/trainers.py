@@ -9,7 +9,7 @@ import torch
 from nnunet_diffrefine.stage_one.trainer import DiffRefineStageOneTrainer
 from nnunet_diffrefine.training.trainer import DiffRefineTrainer, mixed_precision
 
-EPOCHS, STEPS, VALIDATION_STEPS = 8, 50, 5
+LENGTH = {"num_epochs": 8, "num_iterations_per_epoch": 50, "num_val_iterations_per_epoch": 5}
 
 
 class DiffRefineStageOneTrainer_demo(DiffRefineStageOneTrainer):
@@ -24,11 +24,8 @@ class DiffRefineStageOneTrainer_demo(DiffRefineStageOneTrainer):
         device: torch.device = torch.device("cuda"),  # noqa: B008 (nnU-Net's signature)
     ) -> None:
         super().__init__(plans, configuration, fold, dataset_json, device)
-        self.num_epochs, self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = (
-            EPOCHS,
-            STEPS,
-            VALIDATION_STEPS,
-        )
+        for name, value in LENGTH.items():
+            setattr(self, name, value)
 
     def train_step(self, batch: dict) -> dict:
         """nnU-Net's step; it has mixed precision on CUDA itself."""
@@ -40,17 +37,4 @@ class DiffRefineStageOneTrainer_demo(DiffRefineStageOneTrainer):
 class DiffRefineTrainer_demo(DiffRefineTrainer):
     """The refiner for as many steps."""
 
-    def __init__(
-        self,
-        plans: dict,
-        configuration: str,
-        fold: int,
-        dataset_json: dict,
-        device: torch.device = torch.device("cuda"),  # noqa: B008 (nnU-Net's signature)
-    ) -> None:
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        self.num_epochs, self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = (
-            EPOCHS,
-            STEPS,
-            VALIDATION_STEPS,
-        )
+    length = LENGTH

@@ -39,6 +39,8 @@ class DiffRefineTrainer(nnUNetTrainer):
     """
 
     method: ClassVar[str] = "bridge"
+    length: ClassVar[dict[str, int]] = {}
+    """nnU-Net's attributes that a shorter variant changes, such as ``num_epochs``."""
 
     def __init__(
         self,
@@ -54,6 +56,8 @@ class DiffRefineTrainer(nnUNetTrainer):
         self.foreground = prepared.resolved.channels()
         self.store = prepared.store
         self.stage_one_checkpoint = prepared.checkpoint
+        for name, value in self.length.items():
+            setattr(self, name, value)
         self.initial_lr = self.config.training.learning_rate
         self.weight_decay = self.config.training.weight_decay
         self.enable_deep_supervision = self.config.training.deep_supervision

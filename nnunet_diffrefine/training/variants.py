@@ -1,43 +1,24 @@
-"""Shorter trainings, named as nnU-Net names them."""
-
-from __future__ import annotations
-
-import torch
+"""Variants of the trainer: shorter ones, named as nnU-Net names them, and other methods."""
 
 from nnunet_diffrefine.training.trainer import DiffRefineTrainer
 
 
-class _Epochs(DiffRefineTrainer):
-    epochs: int
+class DiffRefineTrainer_5epochs(DiffRefineTrainer):
+    """Five epochs, to see that it runs."""
 
-    def __init__(
-        self,
-        plans: dict,
-        configuration: str,
-        fold: int,
-        dataset_json: dict,
-        device: torch.device = torch.device("cuda"),  # noqa: B008 (nnU-Net's signature)
-    ) -> None:
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        self.num_epochs = self.epochs
+    length = {"num_epochs": 5}
 
 
-class DiffRefineTrainer_5epochs(_Epochs):
-    """Five epochs: does it run?"""
-
-    epochs = 5
-
-
-class DiffRefineTrainer_50epochs(_Epochs):
+class DiffRefineTrainer_50epochs(DiffRefineTrainer):
     """Fifty epochs."""
 
-    epochs = 50
+    length = {"num_epochs": 50}
 
 
-class DiffRefineTrainer_250epochs(_Epochs):
+class DiffRefineTrainer_250epochs(DiffRefineTrainer):
     """A quarter of nnU-Net's default length."""
 
-    epochs = 250
+    length = {"num_epochs": 250}
 
 
 class DiffRefineTrainer_MaskDiffusion(DiffRefineTrainer):

@@ -7,8 +7,8 @@ from nnunet_diffrefine.stage_one.trainer import DiffRefineStageOneTrainer
 from nnunet_diffrefine.training.trainer import DiffRefineTrainer
 
 
-def _shorten(trainer, epochs=1):
-    trainer.num_epochs, trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch = epochs, 2, 1
+def _shorten(trainer):
+    trainer.num_epochs, trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch = 1, 2, 1
 
 
 class nnUNetTrainer_tiny(nnUNetTrainer):
@@ -24,15 +24,10 @@ class DiffRefineStageOneTrainer_tiny(DiffRefineStageOneTrainer):
 
 
 class DiffRefineTrainer_tiny(DiffRefineTrainer):
-    def __init__(self, plans, configuration, fold, dataset_json, device=torch.device("cuda")):
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        _shorten(self)
+    length = {"num_epochs": 1, "num_iterations_per_epoch": 2, "num_val_iterations_per_epoch": 1}
 
 
 class DiffRefineTrainer_tiny_long(DiffRefineTrainer):
-    """Many short epochs with a checkpoint after each, to be interrupted."""
+    """Several short epochs with a checkpoint after each, to be interrupted."""
 
-    def __init__(self, plans, configuration, fold, dataset_json, device=torch.device("cuda")):
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        _shorten(self, epochs=6)
-        self.save_every = 1
+    length = {"num_epochs": 6, "num_iterations_per_epoch": 2, "num_val_iterations_per_epoch": 1, "save_every": 1}
