@@ -86,16 +86,16 @@ def test_killed_training_continues_where_it_stopped(exported):
     process = exported.start(*exported.train(0, trainer))
     deadline = time.time() + 300
     while not (folder / "checkpoint_latest.pth").exists() and time.time() < deadline:
-        time.sleep(0.2)
+        time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)  # its loader processes too
     process.communicate()
     done = torch.load(folder / "checkpoint_latest.pth", weights_only=False)["current_epoch"]
-    assert 0 < done < 6
+    assert 0 < done < 10
     log = exported.run(*exported.train(0, trainer, "--c"))
     assert f"Epoch {done}" in log
     assert f"Epoch {done - 1}\n" not in log
     rows = (folder / "refinement.csv").read_text().splitlines()[1:]
-    assert [int(row.split(",")[0]) for row in rows] == list(range(6))
+    assert [int(row.split(",")[0]) for row in rows] == list(range(10))
 
 
 def test_truncated_checkpoint_is_named(exported):

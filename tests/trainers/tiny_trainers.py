@@ -30,4 +30,4 @@ class DiffRefineTrainer_tiny(DiffRefineTrainer):
 class DiffRefineTrainer_tiny_long(DiffRefineTrainer):
     """Several short epochs with a checkpoint after each, to be interrupted."""
 
-    length = {"num_epochs": 6, "num_iterations_per_epoch": 2, "num_val_iterations_per_epoch": 1, "save_every": 1}
+    length = {"num_epochs": 10, "num_iterations_per_epoch": 2, "num_val_iterations_per_epoch": 1, "save_every": 1}
