@@ -48,7 +48,7 @@ class Workspace:
     def env(self) -> dict[str, str]:
         """One worker, one thread: several commands may run side by side."""
         values = environment(self.folder)
-        quiet = {"nnUNet_n_proc_DA": "1", "nnUNet_def_n_proc": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+        quiet = {"nnUNet_n_proc_DA": "1", "nnUNet_def_n_proc": "1"}
         trainers = os.pathsep.join((values["nnUNet_extTrainer"], str(TRAINERS)))
         return {**values, **quiet, "nnUNet_extTrainer": trainers, **self.extra}
 

@@ -17,7 +17,7 @@ PLANS = "nnUNetPlansDemo"
 STAGE_ONE = "DiffRefineStageOneTrainer_demo"
 REFINER = "DiffRefineTrainer_demo"
 FEATURES = [8, 16, 32, 64]
-LARGEST_PATCH = 64
+LARGEST_PATCH = 40
 FOLDS = 2
 
 

@@ -39,7 +39,8 @@ def environment(folder: Path) -> dict[str, str]:
     """nnU-Net's variables for a self-contained working folder, our trainers included."""
     values = {f"nnUNet_{part}": str(folder / f"nnUNet_{part}") for part in ("raw", "preprocessed", "results")}
     few = str(min(2, os.cpu_count() or 1))
-    defaults = {"nnUNet_def_n_proc": few, "nnUNet_n_proc_DA": few}
+    # Passive waiting: threads that spin while another process has the core make a busy machine several times slower.
+    defaults = {"nnUNet_def_n_proc": few, "nnUNet_n_proc_DA": few, "OMP_WAIT_POLICY": "PASSIVE"}
     return {**defaults, **os.environ, **values, VARIABLE: extended_trainer_path(os.environ.get(VARIABLE))}
 
 
