@@ -22,7 +22,7 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--dataset", type=Path, help="a raw dataset of yours (DatasetXXX_NAME) instead of the phantom")
     parser.add_argument("--keep", action="store_true", help="keep nnU-Net's folders with data and models at the end")
-    parser.add_argument("--cases", type=int, default=20, help="training cases of the phantom (default: %(default)s)")
+    parser.add_argument("--cases", type=int, default=16, help="training cases of the phantom (default: %(default)s)")
     parser.add_argument("-device", choices=("cuda", "cpu", "mps"), help="default: cuda if there is one, else cpu")
     parser.set_defaults(func=run)
 

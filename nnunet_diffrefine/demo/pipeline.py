@@ -8,7 +8,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from nnunet_diffrefine.demo.phantom import write_dataset
+from nnunet_diffrefine.demo.phantom import PhantomSettings, write_dataset
 from nnunet_diffrefine.demo.small_plans import CONFIGURATION, shrink
 from nnunet_diffrefine.demo.steps import Step
 from nnunet_diffrefine.paths import StageOneId
@@ -17,8 +17,9 @@ PLANS = "nnUNetPlansDemo"
 STAGE_ONE = "DiffRefineStageOneTrainer_demo"
 REFINER = "DiffRefineTrainer_demo"
 FEATURES = [8, 16, 32, 64]
-LARGEST_PATCH = 40
+LARGEST_PATCH = 64
 FOLDS = 2
+PHANTOM = PhantomSettings(shape=(40, 48, 40))  # one window each: mirrored prediction of many would take most time
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Demo:
     dataset: str
     source: Path | None
     device: str
-    cases: int = 20
+    cases: int = 16
 
     @property
     def raw(self) -> Path:
@@ -57,7 +58,7 @@ class Demo:
     def prepare_raw(self) -> None:
         """Write the phantom, or link the user's dataset."""
         if self.source is None:
-            write_dataset(self.raw, self.cases, seed=0, test_cases=2)
+            write_dataset(self.raw, self.cases, seed=0, settings=PHANTOM, test_cases=2)
             return
         self.raw.parent.mkdir(parents=True, exist_ok=True)
         if not self.raw.exists():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
@@ -38,8 +39,18 @@ def weights(trainer: DiffRefineTrainer_tiny) -> dict[str, dict[str, Tensor]]:
 
 
 def with_hits(counts: dict, hits: int) -> dict:
-    """More hits than barely trained networks make, who may hit nothing: a Dice of zero would not tell ranks apart."""
+    """More hits than barely trained networks make, which may hit nothing: a Dice of zero would not tell ranks apart."""
     return counts | {name: value + hits for name, value in counts.items() if name.endswith("tp_hard")}
+
+
+@torch.no_grad()
+def validate(trainer: DiffRefineTrainer_tiny, batches: Iterator[dict]) -> list[dict]:
+    """The validation half of an epoch; returns the counts that went into its Dice."""
+    trainer.on_validation_epoch_start()
+    steps = [trainer.validation_step(next(batches)) for _ in range(trainer.num_val_iterations_per_epoch)]
+    counts = [with_hits(step, 100 * (trainer.local_rank + 1)) for step in steps]
+    trainer.on_validation_epoch_end(counts)
+    return counts
 
 
 def train_epoch(trainer: DiffRefineTrainer_tiny) -> dict:
@@ -53,11 +64,7 @@ def train_epoch(trainer: DiffRefineTrainer_tiny) -> dict:
     losses = [trainer.train_step(batch) for batch in batches]
     trainer.on_train_epoch_end(losses)
     trained = weights(trainer)
-    with torch.no_grad():
-        trainer.on_validation_epoch_start()
-        steps = [trainer.validation_step(next(validation)) for _ in range(trainer.num_val_iterations_per_epoch)]
-        counts = [with_hits(step, 100 * (trainer.local_rank + 1)) for step in steps]
-        trainer.on_validation_epoch_end(counts)
+    counts = validate(trainer, validation)
     trainer.on_epoch_end()
     return {
         "ddp": isinstance(trainer.network, DistributedDataParallel),
