@@ -9,11 +9,11 @@ import torch
 from nnunet_diffrefine.stage_one.trainer import DiffRefineStageOneTrainer
 from nnunet_diffrefine.training.trainer import DiffRefineTrainer, mixed_precision
 
-LENGTH = {"num_epochs": 8, "num_iterations_per_epoch": 30, "num_val_iterations_per_epoch": 5}
+LENGTH = {"num_epochs": 8, "num_iterations_per_epoch": 25, "num_val_iterations_per_epoch": 5}
 
 
 class DiffRefineStageOneTrainer_demo(DiffRefineStageOneTrainer):
-    """Stage one for 240 steps; bf16 on CPUs that have it."""
+    """Stage one for 200 steps; bf16 on CPUs that have it."""
 
     def __init__(
         self,
