@@ -45,15 +45,16 @@ def loss_of(network: RefinementNetwork, wrapped: nn.Module, batch: RefineBatch, 
     return network.method.loss(wrapped, deep, DeepSupervisionWrapper(nnunet_loss(LABELS), (0.6, 0.4)), draws)
 
 
-def adamw(network: RefinementNetwork) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(network.denoiser.parameters(), 1e-2, weight_decay=0.01)
+def sgd(network: RefinementNetwork) -> torch.optim.Optimizer:
+    """Not AdamW: it would blow the rounding of gradients that are zero (biases before a normalisation) up to full steps."""
+    return torch.optim.SGD(network.denoiser.parameters(), 0.1)
 
 
 def train(rank: int, case: dict[str, bool]) -> dict:
     """One rank's weights and numbers of denoiser passes after a few steps on its own batches."""
     network, passes, counts = build(**case), [], []
     network.denoiser.register_forward_hook(lambda *_: passes.append(None))
-    wrapped, optimizer, draws = DistributedDataParallel(network), adamw(network), generator(rank)
+    wrapped, optimizer, draws = DistributedDataParallel(network), sgd(network), generator(rank)
     for step in range(STEPS):
         passes.clear()
         optimizer.zero_grad()
@@ -76,7 +77,7 @@ def work(rank: int, port: int, folder: Path) -> None:
 def in_one_process(case: dict[str, bool]) -> RefinementNetwork:
     """The same training with the mean of both ranks' gradients."""
     network = build(**case)
-    optimizer, draws = adamw(network), [generator(rank) for rank in range(RANKS)]
+    optimizer, draws = sgd(network), [generator(rank) for rank in range(RANKS)]
     for step in range(STEPS):
         optimizer.zero_grad()
         for rank in range(RANKS):
@@ -125,4 +126,4 @@ def test_two_processes_train_as_one(case: str, results: tuple[Path, str]) -> Non
         else:
             torch.testing.assert_close(first["weights"][name], value, atol=1e-6, rtol=0, msg=name)
             moved = max(moved, float((value - start[name]).abs().max()))
-    assert moved > 0.02
+    assert moved > 0.01  # ten thousand times what the weights may differ
