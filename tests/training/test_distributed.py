@@ -46,7 +46,7 @@ def loss_of(network: RefinementNetwork, wrapped: nn.Module, batch: RefineBatch, 
 
 
 def sgd(network: RefinementNetwork) -> torch.optim.Optimizer:
-    """Not AdamW: it would blow the rounding of gradients that are zero (biases before a normalisation) up to full steps."""
+    """Not AdamW: it would blow up the rounding of gradients that are zero (biases before a normalisation)."""
     return torch.optim.SGD(network.denoiser.parameters(), 0.1)
 
 
