@@ -24,7 +24,7 @@ def register(subparsers: argparse._SubParsersAction) -> None:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("-d", required=True, help="dataset id or name")
+    parser.add_argument("-d", help="dataset id or name; needed unless --show is given")
     parser.add_argument("-c", default="3d_fullres", help="configuration to extend (default: %(default)s)")
     parser.add_argument("-p", default="nnUNetPlans", help="plans to start from (default: %(default)s)")
     parser.add_argument("-o", help="name of the new plans; needed unless --show is given")
@@ -50,6 +50,8 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if not args.o:
         raise ConfigError("-o is missing: name the new plans, e.g. -o nnUNetPlans_3steps (or use --show).")
+    if not args.d:
+        raise ConfigError("-d is missing: name the dataset, e.g. -d 4 (or use --show).")
     target = write_variant(maybe_convert_to_dataset_name(args.d), args.p, args.o, args.c, args.method, changes)
     train = f"nnUNetv2_train {args.d} {args.c} FOLD -tr {METHODS[args.method].trainer} -p {args.o}"
     print(f"Wrote {target}\nTrain with: {train}")

@@ -257,6 +257,18 @@ class TestCommand:
         assert shown == RefineConfig.from_dict(merge(preset("mask_diffusion"), {"sampling": {"steps": 7}}))
         assert os.listdir(folder) == ["nnUNetPlans.json"]
 
+    def test_settings_are_shown_without_a_dataset(self, capsys: pytest.CaptureFixture) -> None:
+        parser = argparse.ArgumentParser()
+        plan_command.register(parser.add_subparsers())
+        assert plan_command.run(parser.parse_args(["plan", "--show"])) == 0
+        assert RefineConfig.from_dict(json.loads(capsys.readouterr().out)) == RefineConfig.from_dict(preset("bridge"))
+
+    def test_a_dataset_is_needed_to_write(self, folder: Path) -> None:
+        parser = argparse.ArgumentParser()
+        plan_command.register(parser.add_subparsers())
+        with pytest.raises(ConfigError, match="-d is missing"):
+            plan_command.run(parser.parse_args(["plan", "-o", "three"]))
+
     def test_a_name_is_needed_to_write(self, folder: Path) -> None:
         with pytest.raises(ConfigError, match="-o is missing"):
             plan_command.run(self.parse("--set", "sampling.steps=3"))
