@@ -128,7 +128,7 @@ def _check_folds(manifest: Manifest, splits: Splits) -> None:
 
 
 def _check_cases(manifest: Manifest, splits: Splits) -> None:
-    """The exported cases are those of the splits, each predicted by the fold that held it out."""
+    """The exported cases are those of the splits, each predicted by the fold that held it out, with all classes."""
     owner = {case: fold for fold, split in enumerate(splits) for case in split["val"]}
     if strangers := manifest.cases.keys() - owner.keys():
         raise LeakError(
@@ -143,6 +143,13 @@ def _check_cases(manifest: Manifest, splits: Splits) -> None:
         raise LeakError(
             f"Case(s) {listed(trained)} were predicted by another fold than the one that held them out, so by one "
             f"that trained on them. {_export(manifest, folds)}"
+        )
+    channels = len(manifest.foreground.names)
+    if odd := {name for name, case in manifest.cases.items() if case.shape[0] != channels}:
+        folds = {owner[case] for case in odd}
+        raise LeakError(
+            f"Prior(s) of case(s) {listed(odd)} do not have {channels} channels, one for each of "
+            f"{', '.join(manifest.foreground.names)}. Delete the export's manifest.json. {_export(manifest, folds)}"
         )
 
 

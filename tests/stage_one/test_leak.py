@@ -87,6 +87,13 @@ def test_a_case_predicted_by_the_fold_that_trained_on_it(paper):
     refused(paper, "c2", "trained on them", folds=["1"])
 
 
+def test_probabilities_of_another_number_of_classes(paper):
+    record = paper.manifest.cases["c2"]
+    channels = len(paper.manifest.foreground.names)
+    paper.manifest.cases["c2"] = replace(record, shape=[channels + 1, *record.shape[1:]])
+    refused(paper, "c2", f"do not have {channels} channels", folds=["1"])
+
+
 def test_splits_changed_since_the_export(paper):
     paper.splits = [
         {"train": ["c1", "c2"], "val": ["c0", "c3"]},
