@@ -56,8 +56,7 @@ def read_block(configuration: Mapping[str, Any]) -> tuple[RefineConfig, Resolved
     Raises:
         ConfigError: the block is missing or was never resolved by a trainer.
     """
-    block = _block(configuration)
-    resolved = block.pop("resolved", None)
+    block, resolved = _block(configuration)
     if resolved is None:
         raise ConfigError(
             f"These plans hold no resolved '{BLOCK}' block, so they do not belong to a trained refiner. "
@@ -72,16 +71,19 @@ def settings(configuration: Mapping[str, Any], method: str) -> RefineConfig:
     Raises:
         ConfigError: an unknown or ill-typed key, or a block written for another method.
     """
-    block = {k: v for k, v in _block(configuration).items() if k != "resolved"}
+    block, _ = _block(configuration)
     _require_method(block, method)
     return RefineConfig.from_dict(merge(preset(method), block))
 
 
-def _block(configuration: Mapping[str, Any]) -> dict[str, Any]:
+def _block(configuration: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """The settings of a configuration's block, and what a trainer resolved, if one has."""
     block = configuration.get(BLOCK, {})
     if not isinstance(block, Mapping):
         raise ConfigError(f"The plans' '{BLOCK}' entry is {block!r}; it must be a group of settings.")
-    return dict(block)
+    values = dict(block)
+    resolved = values.pop("resolved", None)
+    return values, resolved
 
 
 def _require_method(block: Mapping[str, Any], method: str) -> None:
@@ -135,7 +137,7 @@ def write_variant(
     target = folder / f"{name}.json"
     if target.exists() and not _is_variant(target):
         raise FileExistsError(f"{target} exists and is not a diffrefine variant; choose another name (-o).")
-    before = {k: v for k, v in _block(plans["configurations"][configuration]).items() if k != "resolved"}
+    before, _ = _block(plans["configurations"][configuration])
     block = merge(merge(preset(method), before), changes)
     _require_method(block, method)
     RefineConfig.from_dict(block)

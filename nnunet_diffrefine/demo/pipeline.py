@@ -71,16 +71,13 @@ class Demo:
         stages = min(len(FEATURES), planned["architecture"]["arch_kwargs"]["n_stages"])
         patch = [min(size, LARGEST_PATCH) for size in planned["patch_size"]]
         _write_json(self.preprocessed / f"{PLANS}.json", shrink(plans, PLANS, FEATURES[:stages], 2, patch))
-        cases = sorted(f.name.removesuffix("_seg.b2nd") for f in self._data.glob("*_seg.b2nd"))
+        data = self.preprocessed / planned["data_identifier"]
+        cases = sorted(f.name.removesuffix("_seg.b2nd") for f in data.glob("*_seg.b2nd"))
         if len(cases) < FOLDS:
             raise RuntimeError(f"{self.dataset} has {len(cases)} training cases; the demo needs at least {FOLDS}.")
         held_out = [cases[k::FOLDS] for k in range(FOLDS)]
         splits = [{"train": sorted(set(cases) - set(val)), "val": val} for val in held_out]
         _write_json(self.preprocessed / "splits_final.json", splits)
-
-    @property
-    def _data(self) -> Path:
-        return self.preprocessed / f"nnUNetPlans_{CONFIGURATION}"
 
     def steps(self) -> list[Step]:
         """All steps in order; each can be interrupted and continued."""
