@@ -21,11 +21,13 @@ class Foreground:
         names: name of each class or region, in nnU-Net's channel order.
         exclusive: True for label datasets (softmax with background), False for region datasets (sigmoid).
         ignore_label: value of the ignore label in label maps, or None.
+        parents: for each region the index of the smallest region that contains it, or None; empty for labels.
     """
 
     names: tuple[str, ...]
     exclusive: bool
     ignore_label: int | None = None
+    parents: tuple[int | None, ...] = ()
 
     @property
     def channels(self) -> int:
@@ -49,6 +51,15 @@ class Foreground:
             p = torch.cat((1 - p.sum(1, keepdim=True), p), 1)
             return p.clamp(eps, 1 - eps).log()
         return torch.logit(p, eps=eps)
+
+    def independent_logits(self, probabilities: Tensor, eps: float = 1e-6) -> Tensor:
+        """Logits (B, H, *S) of probabilities (B, R, *S) that were each predicted without regard to the others.
+
+        For exclusive classes the background competes at 0.5: a voxel goes to the likeliest class if that is likelier
+        than not, else to the background. One minus their sum would not do: it lets two classes at 0.4 each win.
+        """
+        logits = torch.logit(probabilities.float(), eps=eps)
+        return torch.cat((torch.zeros_like(logits[:, :1]), logits), 1) if self.exclusive else logits
 
     def decide(self, logits: Tensor) -> Tensor:
         """Hard foreground channels (B, R, *S) in {0, 1} of logits (B, H, *S), as nnU-Net decides them.

@@ -40,12 +40,12 @@ def run(args: argparse.Namespace) -> int:
     """Write or show the variant."""
     from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name  # slow; --help must not be
 
-    from nnunet_diffrefine.methods import METHODS
-    from nnunet_diffrefine.plans import merge, preset, write_variant
+    from nnunet_diffrefine.methods import DEFAULT_METHOD, METHODS
+    from nnunet_diffrefine.plans import merge, shipped_settings, write_variant
 
     changes = parse_changes(args.set)
     if args.show:
-        config = RefineConfig.from_dict(merge(preset(args.method), changes))
+        config = RefineConfig.from_dict(merge(shipped_settings(args.method, changes), changes))
         print(json.dumps(config.to_dict(), indent=2))
         return 0
     if not args.o:
@@ -53,7 +53,8 @@ def run(args: argparse.Namespace) -> int:
     if not args.d:
         raise ConfigError("-d is missing: name the dataset, e.g. -d 4 (or use --show).")
     target = write_variant(maybe_convert_to_dataset_name(args.d), args.p, args.o, args.c, args.method, changes)
-    train = f"nnUNetv2_train {args.d} {args.c} FOLD -tr {METHODS[args.method].trainer} -p {args.o}"
+    trainer = "DiffRefineTrainer" if args.method == DEFAULT_METHOD else METHODS[args.method].trainer
+    train = f"nnUNetv2_train {args.d} {args.c} FOLD -tr {trainer} -p {args.o}"
     print(f"Wrote {target}\nTrain with: {train}")
     return 0
 

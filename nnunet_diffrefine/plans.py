@@ -24,7 +24,7 @@ class Resolved:
     """What a model folder records beside the settings, so that it alone rebuilds the network.
 
     Attributes:
-        foreground: names, exclusive, ignore_label of :class:`Foreground`.
+        foreground: the fields of :class:`Foreground`.
         stage_one: trainer, plans, configuration, builder, architecture and mirror_axes of stage one.
     """
 
@@ -34,7 +34,8 @@ class Resolved:
     def channels(self) -> Foreground:
         """The foreground channels."""
         values = dict(self.foreground)
-        return Foreground(tuple(values["names"]), values["exclusive"], values["ignore_label"])
+        parents = tuple(values.get("parents", ()))
+        return Foreground(tuple(values["names"]), values["exclusive"], values["ignore_label"], parents)
 
 
 def preset(method: str) -> dict[str, Any]:
@@ -45,9 +46,26 @@ def preset(method: str) -> dict[str, Any]:
     """
     file = resource_folder("plans") / f"{method}.json"
     if not file.is_file():
-        known = ", ".join(sorted(f.stem for f in file.parent.glob("*.json")))
+        known = ", ".join(sorted(f.stem for f in file.parent.glob("*.json") if "." not in f.stem))
         raise ConfigError(f"No preset '{method}'. Shipped presets: {known}.")
     return json.loads(file.read_text())
+
+
+PAPER_LITERAL = "paper_literal"
+
+
+def shipped_settings(method: str, block: Mapping[str, Any]) -> dict[str, Any]:
+    """The method's preset and, where ``block`` asks for it, the settings as its paper prints them on top.
+
+    Raises:
+        ConfigError: there is no such preset, or nothing in it to take literally.
+    """
+    if not block.get(PAPER_LITERAL):
+        return preset(method)
+    literal = f"{method}.{PAPER_LITERAL}"
+    if not (resource_folder("plans") / f"{literal}.json").is_file():
+        raise ConfigError(f"diffrefine setting '{PAPER_LITERAL}': method '{method}' has no such form; leave it false.")
+    return merge(preset(method), preset(literal))
 
 
 def read_block(configuration: Mapping[str, Any]) -> tuple[RefineConfig, Resolved]:
@@ -73,7 +91,7 @@ def settings(configuration: Mapping[str, Any], method: str) -> RefineConfig:
     """
     block, _ = _block(configuration)
     _require_method(block, method)
-    return RefineConfig.from_dict(merge(preset(method), block))
+    return RefineConfig.from_dict(merge(shipped_settings(method, block), block))
 
 
 def _block(configuration: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
@@ -138,7 +156,8 @@ def write_variant(
     if target.exists() and not _is_variant(target):
         raise FileExistsError(f"{target} exists and is not a diffrefine variant; choose another name (-o).")
     before, _ = _block(plans["configurations"][configuration])
-    block = merge(merge(preset(method), before), changes)
+    wanted = merge(before, changes)
+    block = merge(shipped_settings(method, wanted), wanted)
     _require_method(block, method)
     RefineConfig.from_dict(block)
     plans["plans_name"] = name

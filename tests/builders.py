@@ -129,13 +129,19 @@ def network_of(
     return RefinementNetwork(stage_one, denoiser, method, foreground, method.config.sampling, axes, axes)
 
 
-def true_output(method: AbstractRefineMethod, x0: Tensor, x: Tensor, t: Tensor) -> Tensor:
-    """What a perfect denoiser outputs for input ``x`` (image, prior, state) if the mask is ``x0`` (B, R, *S)."""
+def true_output(method: AbstractRefineMethod, clean: Tensor, x: Tensor, t: Tensor) -> Tensor:
+    """What a perfect denoiser outputs for input ``x`` (condition, state) if the target is ``clean`` (B, R, *S)."""
     prediction = method.config.process.prediction
     if prediction == "x0":
-        return method.foreground.logits(x0)
-    x_t = x[:, -x0.shape[1] :]
+        if method.config.error.target == "mask":
+            return method.foreground.logits(clean)
+        if method.config.error.target == "absolute":
+            return torch.logit(clean, eps=1e-6)
+        return 20 * torch.stack((clean < 0, clean == 0, clean > 0), 1).float().flatten(1, 2)
+    x_t = x[:, -clean.shape[1] :]
+    if prediction == "flip":
+        return torch.logit((x_t - clean).abs() if method.config.paper_literal else clean, eps=1e-6)
     signal_share = per_sample(method.process.alpha_bar(t), x_t)
-    clean = method.config.process.input_scale * (2 * x0 - 1)
-    noise = (x_t - signal_share.sqrt() * clean) / (1 - signal_share).sqrt()
-    return noise if prediction == "epsilon" else signal_share.sqrt() * noise - (1 - signal_share).sqrt() * clean
+    scaled = method.config.process.input_scale * method.to_state(clean)
+    noise = (x_t - signal_share.sqrt() * scaled) / (1 - signal_share).sqrt()
+    return noise if prediction == "epsilon" else signal_share.sqrt() * noise - (1 - signal_share).sqrt() * scaled

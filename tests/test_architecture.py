@@ -35,6 +35,7 @@ APART = {"evaluation": set(), "reports": {"evaluation"}}
 NNUNET_SEAMS = (
     "data/*.py",
     "doctor.py",
+    "inference/volume.py",
     "networks/planned.py",
     "plan_command.py",
     "plans.py",

@@ -9,6 +9,26 @@ from nnunet_diffrefine.config import ConfigError, ProcessConfig, RefineConfig
 
 CHANGED: dict[str, Any] = {
     "method": "mask_diffusion",
+    "paper_literal": True,
+    "error": {
+        "target": "absolute",
+        "dice": 0.1,
+        "entropy": 0.2,
+        "squared": 0.3,
+        "surface": 0.4,
+        "threshold": 0.6,
+        "calibration": 0.1,
+        "nesting": False,
+    },
+    "condition": {
+        "image": "masked",
+        "prior": "hard",
+        "outside": 0.3,
+        "low_pass": 0.4,
+        "encoder": True,
+        "fusion": "dynamic",
+        "bottleneck": "class_tokens",
+    },
     "stage_one": {"trainer": "T", "plans": "P", "configuration": "3d_lowres", "mirroring": False},
     "process": {
         "kind": "gaussian",
@@ -17,6 +37,7 @@ CHANGED: dict[str, Any] = {
         "schedule": "cosine",
         "prediction": "v",
         "input_scale": 0.3,
+        "truncation": 0.5,
     },
     "training": {
         "learning_rate": 0.1,
@@ -24,10 +45,14 @@ CHANGED: dict[str, Any] = {
         "warmup": 0.3,
         "gradient_clip": 0.4,
         "ema_decay": 0.5,
-        "recycling": 0.6,
+        "recycling": 0.0,
         "prior_end": 0.7,
         "deep_supervision": False,
         "initial_weights": "stage_one",
+        "prior_start": False,
+        "prior_morphology": 0.1,
+        "prior_removal": 0.2,
+        "prior_dropping": 0.3,
     },
     "sampling": {
         "steps": 2,
@@ -174,6 +199,7 @@ def test_no_more_steps_than_timesteps() -> None:
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v"])
 def test_the_bridge_knows_x0_alone(prediction: str) -> None:
-    with pytest.raises(ConfigError, match="process.prediction.*'x0' for the bridge"):
+    with pytest.raises(ConfigError, match="process.prediction.*'x0' for process.kind 'bridge'"):
         RefineConfig.from_dict({"process": {"prediction": prediction}})
-    assert RefineConfig.from_dict({"process": {"kind": "gaussian", "prediction": prediction}})
+    training = {"recycling": 0.0, "deep_supervision": False}
+    assert RefineConfig.from_dict({"process": {"kind": "gaussian", "prediction": prediction}, "training": training})

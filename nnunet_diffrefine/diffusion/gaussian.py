@@ -31,6 +31,8 @@ class GaussianProcess(Process):
         eta: randomness of :meth:`reverse`: 0 is DDIM, 1 the ancestral DDPM posterior.
     """
 
+    signed = True
+
     def __init__(self, timesteps: int, schedule: Schedule, input_scale: float = 1.0, eta: float = 0.0) -> None:
         """Tabulate the schedule; see the class for the arguments."""
         self.timesteps = timesteps
@@ -91,6 +93,32 @@ class GaussianProcess(Process):
         if self.eta > 0:
             x_s = x_s + per_sample(variance.sqrt(), x0) * _normal_like(x0, generator)
         return torch.where(per_sample(s == 0, x0) > 0, x0, x_s)
+
+
+class TruncatedGaussianProcess(GaussianProcess):
+    """Gaussian diffusion up to T' < T only; reversed from the noised prior at T' instead of from noise.
+
+    PD-DDPM, Guo et al. 2022, https://arxiv.org/abs/2210.17408: pre-segmentation saves the steps from T to T'.
+
+    Args:
+        timesteps: T, of the schedule.
+        schedule: of alpha_bar, tabulated over T.
+        input_scale: b, above 0.
+        eta: randomness of :meth:`reverse`.
+        truncation: T'/T in (0, 1]; T' is at least 1.
+    """
+
+    def __init__(
+        self, timesteps: int, schedule: Schedule, input_scale: float = 1.0, eta: float = 0.0, truncation: float = 0.3
+    ) -> None:
+        """Tabulate the schedule; see the class for the arguments."""
+        super().__init__(timesteps, schedule, input_scale, eta)
+        self.timesteps = max(int(timesteps * truncation), 1)
+
+    def start(self, prior: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """x_T' (B, R, *S): the prior (B, R, *S) in [-1, 1], noised to T'."""
+        t = torch.full(prior.shape[:1], self.timesteps, device=prior.device)
+        return self.marginal_with(prior, _normal_like(prior, generator), t)
 
 
 def _normal_like(x: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -7,6 +7,7 @@ Times are integers 0..T, one per batch element; every draw takes a ``torch.Gener
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ class Process(ABC):
     """Forward process q(x_t | x_0, prior) and its reverse step p(x_s | x_t, predicted x_0)."""
 
     timesteps: int
+    signed: ClassVar[bool] = False
+    """Whether the process' variable lies in [-1, 1] instead of [0, 1]."""
 
     @abstractmethod
     def start(self, prior: Tensor, generator: torch.Generator | None = None) -> Tensor:

@@ -1,8 +1,4 @@
-"""The contract of a refinement method, and the two draws that training states are made of.
-
-A method is composition (error target x process x parametrisation x conditioning x sampler x decision), so it inherits
-from nothing but this interface.
-"""
+"""The contract of a refinement method, and the two draws that training states are made of."""
 
 from __future__ import annotations
 
@@ -15,10 +11,10 @@ from torch import Tensor
 
 from nnunet_diffrefine.batch import Foreground, RefineBatch
 from nnunet_diffrefine.config import RefineConfig
+from nnunet_diffrefine.errors.targets import Output, SegmentationLoss
 
-Output = Tensor | list[Tensor]
-Denoiser = Callable[[Tensor, Tensor], Output]
-SegmentationLoss = Callable[[Output, Output], Tensor]
+Denoiser = Callable[..., Output]
+"""Input (B, C_in, *S) and times (B,) -> output; a network may take the condition's features as a third argument."""
 
 
 class AbstractRefineMethod(ABC):
@@ -29,8 +25,10 @@ class AbstractRefineMethod(ABC):
         foreground: meaning of the R foreground channels.
     """
 
+    name: ClassVar[str]
+    """Of the method, and of its preset ``plans/<name>.json``."""
     trainer: ClassVar[str]
-    """Class name of the method's trainer, for ``nnUNetv2_train -tr``."""
+    """Class name of the method's trainer, for ``nnUNetv2_train -tr``; its shim is ``trainers/<trainer>.py``."""
 
     def __init__(self, config: RefineConfig, foreground: Foreground) -> None:
         self.config = config
@@ -47,8 +45,41 @@ class AbstractRefineMethod(ABC):
         """Scalar training loss; ``segmentation_loss`` is nnU-Net's own, of logits and ``batch.target``."""
 
     @abstractmethod
-    def refine(self, denoiser: Denoiser, image: Tensor, prior: Tensor, generator: torch.Generator) -> Tensor:
-        """Logits (B, H, *S) of the corrected mask from image (B, C, *S) and prior (B, R, *S); no reference is read."""
+    def condition_channels(self, image_channels: int) -> int:
+        """How many of the denoiser's input channels, the first ones, do not change from step to step."""
+
+    @property
+    @abstractmethod
+    def flips(self) -> bool:
+        """Whether evidence is that of errors, which a threshold a class turns into flips."""
+
+    @abstractmethod
+    def evidence(self, denoiser: Denoiser, image: Tensor, prior: Tensor, generator: torch.Generator) -> Tensor:
+        """What sampling says, before any decision, from image (B, C, *S) and prior (B, R, *S); no reference is read.
+
+        Returns:
+            Logits of the corrected mask (B, H, *S), or of the errors (B, R, *S) if the method :attr:`flips`.
+        """
+
+    @abstractmethod
+    def decide(self, evidence: Tensor, prior: Tensor, thresholds: Tensor) -> Tensor:
+        """Logits (B, H, *S) of the corrected mask, of evidence, prior (B, R, *S) and threshold logits (R,)."""
+
+    def initial_thresholds(self) -> Tensor:
+        """Threshold logits (R,) as the settings have them, before any calibration."""
+        return torch.full((self.foreground.channels,), self.config.error.threshold).logit()
+
+    def refine(
+        self,
+        denoiser: Denoiser,
+        image: Tensor,
+        prior: Tensor,
+        generator: torch.Generator,
+        thresholds: Tensor | None = None,
+    ) -> Tensor:
+        """Logits (B, H, *S) of the corrected mask; thresholds (R,) as the settings have them unless given."""
+        evidence = self.evidence(denoiser, image, prior, generator)
+        return self.decide(evidence, prior, self.initial_thresholds() if thresholds is None else thresholds)
 
 
 def finest(output: Output) -> Tensor:

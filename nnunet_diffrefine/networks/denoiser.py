@@ -1,4 +1,7 @@
-"""The denoiser: the U-Net that nnU-Net planned, told the time t at every stage of encoder and decoder."""
+"""The denoiser: the U-Net that nnU-Net planned, told the time t at every stage of encoder and decoder.
+
+Two additions that papers ask for: a second encoder of the condition, and a module behind the deepest stage.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nnunet_diffrefine.networks.condition_encoder import ConditionEncoder
 from nnunet_diffrefine.networks.time_embedding import FiLM, TimeEmbedding
 
 
@@ -16,15 +20,25 @@ class TimeConditionedUNet(nn.Module):
     Args:
         unet: network with ``encoder.stages``, ``decoder.stages``, ``decoder.transpconvs``, ``decoder.seg_layers``.
         embedding_size: width of the time embedding.
+        condition: encoder of the condition, or None.
+        bottleneck: module behind the deepest stage, features (B, width, *s) to the same, or None.
 
     Raises:
         NotImplementedError: the planned architecture has no such stages.
     """
 
-    def __init__(self, unet: Any, embedding_size: int = 128) -> None:  # noqa: ANN401 (nnU-Net's untyped networks)
+    def __init__(
+        self,
+        unet: Any,  # noqa: ANN401 (nnU-Net's untyped networks)
+        embedding_size: int = 128,
+        condition: ConditionEncoder | None = None,
+        bottleneck: nn.Module | None = None,
+    ) -> None:
         super().__init__()
         _require_stages(unet)
         self.unet: Any = unet
+        self.condition = condition
+        self.bottleneck = bottleneck
         self.time = TimeEmbedding(embedding_size)
         if not self.deep_supervision:  # outputs that are never used would wait for gradients in distributed training
             unet.decoder.seg_layers[:-1].requires_grad_(False)
@@ -41,19 +55,35 @@ class TimeConditionedUNet(nn.Module):
     def deep_supervision(self, enabled: bool) -> None:
         self.unet.decoder.deep_supervision = enabled
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor | list[Tensor]:
-        """Map input (B, C_in, *S) at times t (B,) to (B, C_out, *S), or to a list of them, finest first."""
+    def forward(self, x: Tensor, t: Tensor, features: list[Tensor] | None = None) -> Tensor | list[Tensor]:
+        """Map input (B, C_in, *S) at times t (B,) to (B, C_out, *S), or to a list of them, finest first.
+
+        Args:
+            x: condition and state.
+            t: times.
+            features: of the condition, where they are known already (:meth:`condition_features`).
+        """
         embedding = self.time(t)
-        skips = self._encode(x, embedding)
+        if features is None and self.condition is not None:
+            features = self.condition(x[:, : self.condition.channels])
+        skips = self._encode(x, embedding, features)
         return self._decode(skips, embedding)
 
-    def _encode(self, x: Tensor, embedding: Tensor) -> list[Tensor]:
+    def condition_features(self, condition: Tensor) -> list[Tensor] | None:
+        """What need not be computed again at every step, of a condition (B, C_cond, *S)."""
+        return None if self.condition is None else self.condition(condition)
+
+    def _encode(self, x: Tensor, embedding: Tensor, features: list[Tensor] | None) -> list[Tensor]:
         encoder = self.unet.encoder
         stem = getattr(encoder, "stem", None)
         h, skips = (x if stem is None else stem(x)), []
-        for stage, film in zip(encoder.stages, self.encoder_film, strict=True):
+        for i, (stage, film) in enumerate(zip(encoder.stages, self.encoder_film, strict=True)):
             h = film(stage(h), embedding)
+            if self.condition is not None and features is not None:
+                h = self.condition.fusions[i](h, features[i])
             skips.append(h)
+        if self.bottleneck is not None:
+            skips[-1] = self.bottleneck(skips[-1])
         return skips
 
     def _decode(self, skips: list[Tensor], embedding: Tensor) -> Tensor | list[Tensor]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import combinations
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +20,22 @@ from nnunet_diffrefine.networks.denoiser import TimeConditionedUNet
 
 
 class Refiner(Protocol):
-    """What the network needs of a method: the corrected logits of a window."""
+    """What the network needs of a method: evidence of a window, and the decision."""
 
-    def refine(
-        self, denoiser: Callable[[Tensor, Tensor], Tensor], image: Tensor, prior: Tensor, generator: torch.Generator
+    @property
+    def flips(self) -> bool:
+        """Whether thresholds matter."""
+
+    def initial_thresholds(self) -> Tensor:
+        """Threshold logits (R,)."""
+
+    def evidence(
+        self, denoiser: Callable[..., Any], image: Tensor, prior: Tensor, generator: torch.Generator
     ) -> Tensor:
-        """Image (B, C, *S) and prior (B, R, *S) -> logits (B, H, *S)."""
+        """Image (B, C, *S) and prior (B, R, *S) -> evidence (B, H or R, *S)."""
+
+    def decide(self, evidence: Tensor, prior: Tensor, thresholds: Tensor) -> Tensor:
+        """Evidence, prior and threshold logits (R,) -> logits (B, H, *S)."""
 
 
 def mirrored_mean(
@@ -79,10 +89,14 @@ class RefinementNetwork(nn.Module):
         self.method = method
         self.foreground = foreground
         self.sampling = sampling
+        self.thresholds: Tensor
         self.stage_one_axes = tuple(stage_one_axes)
         self.refiner_axes = tuple(refiner_axes)
+        # In the checkpoint of methods that flip alone: thresholds are calibrated once the training is over.
+        self.register_buffer("thresholds", method.initial_thresholds(), persistent=method.flips)
         # Frozen stage one has nothing to synchronise; ranks may differ in their number of forward passes (recycling).
         self._ddp_params_and_buffers_to_ignore = [f"stage_one.{name}" for name in stage_one.state_dict()]
+        self._ddp_params_and_buffers_to_ignore.append("thresholds")
 
     def train(self, mode: bool = True) -> RefinementNetwork:
         """Switch the denoiser's mode; stage one always stays in evaluation mode."""
@@ -122,9 +136,13 @@ class RefinementNetwork(nn.Module):
 
     def refine_window(self, image: Tensor, prior: Tensor) -> Tensor:
         """Logits of the refiner alone, given image (1, C, *S) and prior probabilities (1, R, *S) of a window."""
+        return self.method.decide(self.evidence(image, prior), prior, self.thresholds)
+
+    def evidence(self, image: Tensor, prior: Tensor) -> Tensor:
+        """The method's evidence (1, H or R, *S) of a window, averaged over the refiner's mirrored copies."""
         generator = torch.Generator(device=image.device).manual_seed(self.sampling.seed)
 
-        def refine(image: Tensor, prior: Tensor) -> Tensor:
-            return self.method.refine(self.denoiser, image, prior, generator)
+        def of_copy(image: Tensor, prior: Tensor) -> Tensor:
+            return self.method.evidence(self.denoiser, image, prior, generator).float()
 
-        return mirrored_mean(refine, self.refiner_axes, image, prior, copies=self.sampling.mirrored_copies)
+        return mirrored_mean(of_copy, self.refiner_axes, image, prior, copies=self.sampling.mirrored_copies)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from nnunet_diffrefine.methods import METHODS, AbstractRefineMethod
-from nnunet_diffrefine.networks.denoiser import TimeConditionedUNet
-from nnunet_diffrefine.networks.planned import planned_unet, stage_one_network
+from nnunet_diffrefine.networks.build import build_denoiser
+from nnunet_diffrefine.networks.planned import stage_one_network
 from nnunet_diffrefine.networks.refinement import RefinementNetwork
 from nnunet_diffrefine.plans import read_block
 
@@ -33,12 +33,19 @@ def build_network(
     config, resolved = read_block(configuration.configuration)
     foreground = resolved.channels()
     method: AbstractRefineMethod = METHODS[config.method](config, foreground)
-    inputs, outputs = method.channels(image_channels)
+    denoiser = build_denoiser(
+        config.condition,
+        configuration,
+        method.condition_channels(image_channels),
+        method.channels(image_channels),
+        foreground.channels,
+        deep_supervision,
+    )
     record = resolved.stage_one
     axes = tuple(record["mirror_axes"] or ())
     return RefinementNetwork(
         stage_one_network(record["builder"], record["architecture"], plans, configuration, image_channels, heads),
-        TimeConditionedUNet(planned_unet(configuration, inputs, outputs, deep_supervision)),
+        denoiser,
         method,
         foreground,
         config.sampling,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_diffrefine.config import BLOCK, RefineConfig, StageOneConfig
+from nnunet_diffrefine.errors.maps import Parents, nesting_from_labels
 from nnunet_diffrefine.paths import (
     MANIFEST,
     StageOneId,
@@ -72,7 +73,8 @@ def prepare(
     stage_one = find_export(dataset, config.stage_one, own, method)
     _refuse_fold(dataset, stage_one, fold)
     manifest, store = open_export(dataset, stage_one, plans, configuration, dataset_json)
-    resolved = Resolved(asdict(manifest.foreground.foreground), asdict(manifest.stage_one))
+    foreground = replace(manifest.foreground.foreground, parents=_parents(manifest, dataset_json))
+    resolved = Resolved(asdict(foreground), asdict(manifest.stage_one))
     checkpoint = _checkpoint(dataset, stage_one, manifest, int(fold))
     plans = with_block(plans, configuration, config, resolved)
     own_folder = model_folder(dataset, own)
@@ -151,6 +153,12 @@ def _checkpoint(dataset: str, stage_one: StageOneId, manifest: Manifest, fold: i
             f"Fold {fold} of {stage_one.name} is not exported. Export it: {export_command(dataset, stage_one, [fold])}"
         )
     return fold_folder(dataset, stage_one, fold) / manifest.folds[fold].checkpoint
+
+
+def _parents(manifest: Manifest, dataset_json: dict[str, Any]) -> Parents:
+    if manifest.foreground.exclusive:
+        return ()
+    return nesting_from_labels([dataset_json["labels"][name] for name in manifest.foreground.names])
 
 
 def _refuse_unsupported(configuration: dict[str, Any], name: str) -> None:

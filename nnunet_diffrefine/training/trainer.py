@@ -4,28 +4,30 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
-import numpy as np
 import torch
-import torch.distributed as dist
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
-from nnunetv2.training.loss.dice import get_tp_fp_fn_tn
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from nnunetv2.utilities.collate_outputs import collate_outputs
 from torch import Tensor, nn
 
 from nnunet_diffrefine.batch import RefineBatch
 from nnunet_diffrefine.config import RefineConfig
 from nnunet_diffrefine.data import PriorDataset, PriorTransform
-from nnunet_diffrefine.methods import AbstractRefineMethod
+from nnunet_diffrefine.errors.augmentation import augment_prior
+from nnunet_diffrefine.methods import DEFAULT_METHOD, AbstractRefineMethod
 from nnunet_diffrefine.networks.refinement import RefinementNetwork
 from nnunet_diffrefine.training.build import build_network
 from nnunet_diffrefine.training.curves import RefinementCurves
-from nnunet_diffrefine.training.optimisation import WarmupCosine, ema_model, swapped_weights
+from nnunet_diffrefine.training.optimisation import WarmupCosine, ema_model, mixed_precision, swapped_weights
 from nnunet_diffrefine.training.prepare import prepare
+from nnunet_diffrefine.training.trainer_calibration import calibrate, held_out
+from nnunet_diffrefine.training.trainer_hits import hits, pooled_dice
+
+STAGE_ONE = "stage_one_"
 
 
 class DiffRefineTrainer(nnUNetTrainer):
@@ -38,7 +40,7 @@ class DiffRefineTrainer(nnUNetTrainer):
     ``perform_actual_validation`` (with EMA weights).
     """
 
-    method: ClassVar[str] = "bridge"
+    method: ClassVar[str] = DEFAULT_METHOD
     length: ClassVar[dict[str, int]] = {}
     """nnU-Net's attributes that a shorter variant changes, such as ``num_epochs``."""
 
@@ -123,6 +125,13 @@ class DiffRefineTrainer(nnUNetTrainer):
         self.inference_allowed_mirroring_axes = None
         return settings
 
+    def do_split(self) -> tuple[list[str], list[str]]:
+        """nnU-Net's split, less the training cases that thresholds are calibrated on."""
+        training, validation = super().do_split()
+        kept = held_out(training, self.config.error.calibration, self.fold)
+        self.calibration_cases = sorted(kept)
+        return [case for case in training if case not in kept], validation
+
     def get_tr_and_val_datasets(self) -> tuple[PriorDataset, PriorDataset]:
         """nnU-Net's datasets, carrying the prior."""
         training, validation = super().get_tr_and_val_datasets()
@@ -149,6 +158,12 @@ class DiffRefineTrainer(nnUNetTrainer):
         target = [move(x) for x in target] if isinstance(target, list) else move(target)
         return RefineBatch.from_nnunet(move(data), target, self.foreground)
 
+    def with_augmented_prior(self, batch: RefineBatch) -> RefineBatch:
+        """The batch with errors made in its prior, where the settings ask for any."""
+        t = self.config.training
+        shares = {"morphology": t.prior_morphology, "removal": t.prior_removal, "dropping": t.prior_dropping}
+        return replace(batch, prior=augment_prior(batch.prior, self.foreground, self.generator, **shares))
+
     def on_train_epoch_start(self) -> None:
         """Start an epoch with draws that depend on fold, epoch and rank alone."""
         super().on_train_epoch_start()
@@ -160,8 +175,9 @@ class DiffRefineTrainer(nnUNetTrainer):
         self.lr_scheduler.step(self.current_epoch + self.step_in_epoch / self.num_iterations_per_epoch)
         self.step_in_epoch += 1
         self.optimizer.zero_grad(set_to_none=True)
+        refine_batch = self.with_augmented_prior(self.refine_batch(batch))
         with mixed_precision(self.device):
-            loss = self.refine_method.loss(self.network, self.refine_batch(batch), self.loss, self.generator)
+            loss = self.refine_method.loss(self.network, refine_batch, self.loss, self.generator)
         self._optimise(loss)
         self.ema.update_parameters(self.refinement.denoiser)
         return {"loss": loss.detach().cpu().numpy()}
@@ -200,42 +216,35 @@ class DiffRefineTrainer(nnUNetTrainer):
         with torch.no_grad(), mixed_precision(self.device):
             logits = self.refinement.refined(b.image, stage_one)
             loss = self.validation_loss(logits, target)
-        counts = {"loss": loss.detach().cpu().numpy()}
-        for name, decided in (("", logits), ("stage_one_", stage_one)):
-            tp, fp, fn, _ = get_tp_fp_fn_tn(
-                self.foreground.decide(decided), b.reference, axes=(0, 2, 3, 4), mask=b.valid
-            )
-            counts |= {f"{name}{k}_hard": v.cpu().numpy() for k, v in (("tp", tp), ("fp", fp), ("fn", fn))}
-        return counts
+        before = hits(self.foreground, stage_one, b, prefix=STAGE_ONE)
+        return {"loss": loss.detach().cpu().numpy(), **hits(self.foreground, logits, b), **before}
 
     def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
         """nnU-Net's pseudo Dice of the refined patches, and ours beside it: stage one, refined, change."""
         self.set_deep_supervision_enabled(self.enable_deep_supervision)
         self._swap.__exit__(None, None, None)
         super().on_validation_epoch_end(val_outputs)
-        before = self._stage_one_dice(val_outputs)
+        before = pooled_dice(val_outputs, STAGE_ONE, self.is_ddp)
         after = float(self.logger.get_value("mean_fg_dice", step=-1))
         self.curves.log(self.current_epoch, before, after)
         for logger in self.logger.loggers:
             logger.log("stage_one_dice", before, self.current_epoch)
         self.print_to_log_file(f"Dice: stage one {before:.4f}, refined {after:.4f}, change {after - before:+.4f}")
 
-    def _stage_one_dice(self, val_outputs: list[dict]) -> float:
-        outputs = collate_outputs(val_outputs)
-        counts = np.stack([np.sum(outputs[f"stage_one_{k}_hard"], 0) for k in ("tp", "fp", "fn")])
-        if self.is_ddp:
-            everyone: list = [None] * dist.get_world_size()
-            dist.all_gather_object(everyone, counts)
-            counts = np.sum(everyone, 0)
-        tp, fp, fn = counts
-        with np.errstate(invalid="ignore"):
-            return float(np.nanmean(2 * tp / (2 * tp + fp + fn)))
-
     def on_epoch_end(self) -> None:
         """nnU-Net's end of an epoch, and the refinement curves."""
         super().on_epoch_end()
         if self.local_rank == 0:
             self.curves.save(Path(self.output_folder))
+
+    def on_train_end(self) -> None:
+        """Calibrate, then nnU-Net's end of the training; the thresholds are part of the final checkpoint."""
+        if self.refine_method.flips and self.calibration_cases:
+            with self.averaged_weights():
+                self.set_deep_supervision_enabled(False)
+                calibrate(self, self.calibration_cases)
+                self.set_deep_supervision_enabled(self.enable_deep_supervision)
+        super().on_train_end()
 
     def save_checkpoint(self, filename: str) -> None:
         """Write nnU-Net's checkpoint with the averaged weights, plus what resuming needs, atomically."""
@@ -277,15 +286,6 @@ class DiffRefineTrainer(nnUNetTrainer):
         """nnU-Net's validation of the network that users get: averaged weights, stage one inside."""
         with self.averaged_weights():
             super().perform_actual_validation(save_probabilities)
-
-
-def mixed_precision(device: torch.device) -> AbstractContextManager:
-    """Autocast as nnU-Net's on CUDA; bf16 on CPUs that have it in hardware; nothing elsewhere."""
-    if device.type == "cuda":
-        return torch.autocast("cuda")
-    if device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return torch.autocast("cpu", torch.bfloat16)
-    return nullcontext()
 
 
 def _prior_channels(arguments: dict) -> int:

@@ -1,5 +1,8 @@
-"""Variants of the trainer: shorter ones, named as nnU-Net names them, and other methods."""
+"""Variants of the trainer: shorter ones, named as nnU-Net names them, and one for every method."""
 
+from __future__ import annotations
+
+from nnunet_diffrefine.methods import METHODS
 from nnunet_diffrefine.training.trainer import DiffRefineTrainer
 
 
@@ -21,7 +24,17 @@ class DiffRefineTrainer_250epochs(DiffRefineTrainer):
     length = {"num_epochs": 250}
 
 
-class DiffRefineTrainer_MaskDiffusion(DiffRefineTrainer):
-    """Gaussian diffusion of the mask instead of the bridge (method ``mask_diffusion``)."""
+def _trainer_of(method: str) -> type[DiffRefineTrainer]:
+    content = {"method": method, "__module__": __name__, "__doc__": f"Trainer of the method ``{method}``."}
+    return type(METHODS[method].trainer, (DiffRefineTrainer,), content)
 
-    method = "mask_diffusion"
+
+_OF_METHODS = {METHODS[method].trainer: _trainer_of(method) for method in METHODS}
+
+
+def __getattr__(name: str) -> type[DiffRefineTrainer]:
+    """The trainer of a method by its class name; a module attribute, so that it can be pickled."""
+    try:
+        return _OF_METHODS[name]
+    except KeyError:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from nnunet_diffrefine.batch import Foreground, RefineBatch
 from nnunet_diffrefine.config import ConfigError, RefineConfig
-from nnunet_diffrefine.methods import Bridge
+from nnunet_diffrefine.methods.bridge import Bridge
 from tests.builders import (
     LABELS,
     REGIONS,

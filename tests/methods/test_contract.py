@@ -9,6 +9,8 @@ from torch import Tensor
 from nnunet_diffrefine.batch import Foreground, RefineBatch
 from nnunet_diffrefine.methods import METHODS, AbstractRefineMethod
 from nnunet_diffrefine.methods.base import draw_times, recycle
+from nnunet_diffrefine.paths import resource_folder
+from nnunet_diffrefine.plans import PAPER_LITERAL, merge, shipped_settings
 from tests.builders import (
     LABELS,
     REGIONS,
@@ -26,31 +28,53 @@ from tests.builders import (
 T = 4
 FLAT = {"deep_supervision": False}
 GAUSSIAN = {"kind": "gaussian", "timesteps": T, "schedule": "cosine", "input_scale": 0.5}
-SETTINGS = {
-    "bridge-deterministic": {"process": {"timesteps": T}},
-    "bridge-cosine": {"process": {"timesteps": T, "schedule": "cosine"}},
-    "bridge-discrete": {"process": {"timesteps": T, "state": "discrete"}},
-    "bridge-discrete-seeds": {"process": {"timesteps": T, "state": "discrete"}, "sampling": {"samples": 3}},
-    "mask_diffusion-x0": {"process": GAUSSIAN},
-    "mask_diffusion-seeds": {"process": GAUSSIAN, "sampling": {"samples": 3, "eta": 1.0}},
+VARIANTS = {
+    "bridge-cosine": {"process": {"schedule": "cosine"}},
+    "bridge-discrete": {"process": {"state": "discrete"}},
+    "bridge-discrete-seeds": {"process": {"state": "discrete"}, "sampling": {"samples": 3}},
+    "bridge-surface": {"error": {"surface": 1.0}},
+    "mask_diffusion-one-seed": {"process": GAUSSIAN, "sampling": {"samples": 1}},
+    "mask_diffusion-ddpm": {"process": GAUSSIAN, "sampling": {"samples": 3, "eta": 1.0}},
     "mask_diffusion-epsilon": {"process": {**GAUSSIAN, "prediction": "epsilon"}},
     "mask_diffusion-v": {"process": {**GAUSSIAN, "prediction": "v"}, "sampling": {"samples": 2, "eta": 0.5}},
 }
-each_method = pytest.mark.parametrize("settings", list(SETTINGS))
-predicting_masks = pytest.mark.parametrize("settings", [k for k in SETTINGS if not k.endswith(("epsilon", "v"))])
+LITERAL = [
+    f"{name}-{PAPER_LITERAL}"
+    for name in METHODS
+    if (resource_folder("plans") / f"{name}.{PAPER_LITERAL}.json").is_file()
+]
+SETTINGS = [*METHODS, *sorted(LITERAL), *VARIANTS]
+each_method = pytest.mark.parametrize("settings", SETTINGS)
 BOTH = pytest.mark.parametrize("foreground", [LABELS, REGIONS], ids=["labels", "regions"])
 
 
+def values_of(settings: str, **changes: dict[str, object]) -> dict:
+    """The preset of a method, shortened to a few time steps and seeds, with the changes of its variant."""
+    name = settings.split("-")[0]
+    values = shipped_settings(name, {PAPER_LITERAL: settings.endswith(PAPER_LITERAL)})
+    process, sampling = values.get("process", {}), values.get("sampling", {})
+    few = T if process.get("truncation", 1) == 1 else int(T / process["truncation"] + 1)
+    short = {"process": {"timesteps": few}, "sampling": {"steps": 1, "samples": min(sampling.get("samples", 1), 2)}}
+    return merge(merge(merge(values, short), VARIANTS.get(settings, {})), {"training": FLAT, **changes})
+
+
 def build(settings: str, foreground: Foreground, steps: int = 1, **training: float) -> AbstractRefineMethod:
-    values = SETTINGS[settings]
-    sampling = {**values.get("sampling", {}), "steps": steps}
-    return method_of(
-        foreground, settings.split("-")[0], process=values["process"], sampling=sampling, training={**FLAT, **training}
-    )
+    values = values_of(settings, sampling={"steps": steps}, training={**FLAT, **training})
+    return method_of(foreground, settings.split("-")[0], **{k: v for k, v in values.items() if k != "method"})
 
 
-def test_every_method_is_here() -> None:
-    assert {name.split("-")[0] for name in SETTINGS} == set(METHODS)
+def step_counts(settings: str) -> list[int]:
+    process = build(settings, LABELS).process
+    return [1] if process is None else sorted({1, min(2, process.timesteps), process.timesteps})
+
+
+each_method_and_steps = pytest.mark.parametrize(
+    ("settings", "steps"), [(settings, steps) for settings in SETTINGS for steps in step_counts(settings)]
+)
+
+
+def predicts_x0(method: AbstractRefineMethod) -> bool:
+    return method.config.process.prediction == "x0"
 
 
 @BOTH
@@ -65,29 +89,40 @@ def test_channels_are_what_the_denoiser_gets_and_gives(settings: str, foreground
 
 
 @BOTH
-@each_method
-@pytest.mark.parametrize("steps", [1, 2, T])
+@each_method_and_steps
 def test_a_perfect_denoiser_gives_back_the_reference(settings: str, foreground: Foreground, steps: int) -> None:
     method, batch = build(settings, foreground, steps), batch_of(foreground)
     calls: list[int] = []
 
     def oracle(x: Tensor, t: Tensor) -> Tensor:
         calls.append(int(t[0]))
-        return true_output(method, batch.reference, x, t)
+        return true_output(method, method.target.clean(batch), x, t)
 
     assert not torch.equal(foreground.decide(foreground.logits(batch.prior)), batch.reference)
     refined = method.refine(oracle, batch.image, batch.prior, generator())
     assert torch.equal(foreground.decide(refined), batch.reference)
-    seeds = SETTINGS[settings].get("sampling", {}).get("samples", 1)
-    assert len(calls) == steps * seeds
-    assert calls[::steps] == [T] * seeds
+    if method.process is not None:
+        assert len(calls) == steps * method.seeds
+        assert calls[::steps] == [method.process.timesteps] * method.seeds
 
 
 @BOTH
-@predicting_masks
-@pytest.mark.parametrize("steps", [1, 2, T])
-def test_stage_ones_own_logits_give_back_its_decision(settings: str, foreground: Foreground, steps: int) -> None:
+@each_method_and_steps
+def test_no_error_gives_back_stage_one(settings: str, foreground: Foreground, steps: int) -> None:
     method, batch = build(settings, foreground, steps), batch_of(foreground)
+    decided = foreground.decide(foreground.logits(batch.prior))
+    unchanged = replace(batch, reference=decided, prior=decided)
+    oracle = lambda x, t: true_output(method, method.target.clean(unchanged), x, t)  # noqa: E731
+    refined = method.refine(oracle, batch.image, decided, generator())
+    assert torch.equal(foreground.decide(refined), decided)
+
+
+@BOTH
+@each_method_and_steps
+def test_stage_ones_own_logits_give_back_its_probabilities(settings: str, foreground: Foreground, steps: int) -> None:
+    method, batch = build(settings, foreground, steps), batch_of(foreground)
+    if method.flips or not predicts_x0(method):
+        return
     logits = stage_one_logits(foreground, label_maps(foreground))
     torch.testing.assert_close(foreground.probabilities(logits), batch.prior)
     refined = method.refine(lambda x, t: logits, batch.image, batch.prior, generator())
@@ -98,16 +133,17 @@ def test_stage_ones_own_logits_give_back_its_decision(settings: str, foreground:
 @BOTH
 @each_method
 def test_the_same_seed_gives_the_same_bytes(settings: str, foreground: Foreground) -> None:
-    method, batch = build(settings, foreground, steps=2), batch_of(foreground)
+    method, batch = build(settings, foreground, steps=step_counts(settings)[-1]), batch_of(foreground)
     network = TinyDenoiser(*method.channels(1))
     with torch.no_grad():
         refined = [method.refine(network, batch.image, batch.prior, generator(seed)) for seed in (1, 1, 2)]
         losses = [method.loss(network, batch, nnunet_loss(foreground), generator(seed)) for seed in (1, 1, 2)]
     assert torch.equal(refined[0], refined[1])
-    deterministic = SETTINGS[settings]["process"].get("kind") is None and "discrete" not in settings
+    process = method.config.process
+    deterministic = process.kind == "none" or (process.kind == "bridge" and process.state == "deterministic")
     assert torch.equal(refined[0], refined[2]) == deterministic
     assert torch.equal(losses[0], losses[1])
-    assert not torch.equal(losses[0], losses[2])
+    assert torch.equal(losses[0], losses[2]) == (method.process is None)
 
 
 @BOTH
@@ -122,7 +158,7 @@ def test_loss_is_finite_and_trains_every_parameter(settings: str, foreground: Fo
         loss.backward()
         for name, parameter in network.named_parameters():
             assert torch.isfinite(parameter.grad).all(), name
-            assert parameter.grad.any(), name
+            assert parameter.grad.any() != timeless(method, name), name
 
 
 @BOTH
@@ -132,22 +168,31 @@ def test_a_perfect_denoiser_has_the_smallest_loss(settings: str, foreground: For
     method, batch = build(settings, foreground, recycling=recycling), batch_of(foreground, size=4)
     loss = nnunet_loss(foreground)
 
+    clean = method.target.clean(batch)
+
     def oracle(x: Tensor, t: Tensor) -> Tensor:
-        return true_output(method, batch.reference[rows_of(x, batch)], x, t)
+        return true_output(method, clean[rows_of(x, method, batch)], x, t)
 
     best = method.loss(oracle, batch, loss, generator())
-    if method.config.process.prediction == "x0":
-        smallest = loss(foreground.logits(batch.reference), batch.target)
-        torch.testing.assert_close(best, smallest, atol=1e-3, rtol=0)
-        assert best < method.loss(lambda x, t: foreground.logits(x[:, 1:3]), batch, loss, generator()) - 0.1
-    else:
-        assert best < 1e-6
-        assert method.loss(lambda x, t: 0 * x[:, -2:], batch, loss, generator()) > 0.1
+    if not predicts_x0(method):
+        assert best < 1e-5
+    elif not method.flips:
+        torch.testing.assert_close(
+            best, method.target.loss(foreground.logits(batch.reference), batch, loss), atol=1e-3, rtol=0
+        )
+    anything = TinyDenoiser(*method.channels(1))
+    assert best < method.loss(anything, batch, loss, generator()) - 0.1
 
 
-def rows_of(x: Tensor, batch: RefineBatch) -> list[int]:
-    """Which elements of the batch a denoiser's input holds, told by their images."""
-    return [int((batch.image == one[None, :1]).flatten(1).all(1).nonzero()) for one in x]
+def rows_of(x: Tensor, method: AbstractRefineMethod, batch: RefineBatch) -> list[int]:
+    """Which elements of the batch a denoiser's input holds, told by their conditions."""
+    first = method.condition(batch.image, batch.prior)[:, :1]
+    return [int((first - one[None, :1]).flatten(1).abs().sum(1).argmin()) for one in x]
+
+
+def timeless(method: AbstractRefineMethod, parameter: str) -> bool:
+    """Whether a parameter of TinyDenoiser never matters, because t = 0 throughout."""
+    return method.process is None and parameter == "time.weight"
 
 
 @BOTH
@@ -195,7 +240,7 @@ def test_no_voxel_but_ignored_ones_is_no_disaster(settings: str, foreground: For
 @each_method
 def test_nothing_given_is_changed(settings: str, foreground: Foreground) -> None:
     foreground = with_ignore(foreground)
-    method, batch = build(settings, foreground, steps=2), batch_of(foreground)
+    method, batch = build(settings, foreground, steps=step_counts(settings)[-1]), batch_of(foreground)
     given = (batch.image, batch.prior, batch.reference, batch.valid, batch.target)
     before = [tensor.clone() for tensor in given]
     network = TinyDenoiser(*method.channels(1))
@@ -212,7 +257,7 @@ def test_recycling_costs_no_gradient_under_mixed_precision(settings: str) -> Non
     with torch.autocast("cpu", torch.bfloat16):
         loss = method.loss(network, batch, nnunet_loss(LABELS), generator())
     loss.float().backward()
-    assert all(p.grad is not None and p.grad.any() for p in network.parameters())
+    assert all(p.grad.any() for name, p in network.named_parameters() if not timeless(method, name))
 
 
 class TestDrawTimes:

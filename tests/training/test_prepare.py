@@ -164,7 +164,7 @@ def test_the_record_rebuilds_stage_one_after_a_round_trip_through_json(paper):
 def test_regions_are_recorded_in_their_order(paper):
     regions = {**DATASET_JSON, "labels": {"background": 0, "whole": [2, 1], "core": 1, "ignore": 3}}
     replace(paper.manifest, foreground=ForegroundRecord.from_dataset_json(regions)).write(paper.folder)
-    assert prepared(dataset_json=regions).resolved.channels() == Foreground(("whole", "core"), False, 3)
+    assert prepared(dataset_json=regions).resolved.channels() == Foreground(("whole", "core"), False, 3, (None, 0))
 
 
 def test_only_the_block_is_new_in_the_plans_and_those_given_stay_as_they_were(paper):

@@ -1,0 +1,1 @@
+"""A refiner over whole volumes whose prior is given."""
