@@ -4,8 +4,9 @@ python benchmarks/crossval_table.py -d 4 -p nnUNetPlansSmall -f 0 1 --stage_one 
     refined=DiffRefineTrainer_bench1200 second=nnUNetTrainer_bench1200_second \
     "stage one + second=nnUNetTrainer_bench1200+nnUNetTrainer_bench1200_second" -o docs/results/hippocampus.json
 
-A system is NAME=TRAINER, or NAME=TRAINER+TRAINER for the mean of their probabilities (nnU-Net's ensembling); all need
-validation probabilities (nnUNetv2_train --npz). Label datasets only.
+A system is NAME=MODEL, or NAME=MODEL+MODEL for the mean of their probabilities (nnU-Net's ensembling), a model being
+TRAINER, TRAINER@PLANS or TRAINER@PLANS@CONFIGURATION; all need validation probabilities (nnUNetv2_train --npz). Label
+datasets only.
 """
 
 from __future__ import annotations
@@ -33,14 +34,19 @@ class CrossValidation:
         self.plans = plans
         self.cases = [(fold, case) for fold in folds for case in splits[fold]["val"]]
 
-    def labels(self, trainers: str, fold: int, case: str) -> np.ndarray:
-        """Label map (D, H, W) of the mean probabilities of one or more trainers joined by ``+``."""
-        stack = [self._probabilities(trainer, fold, case) for trainer in trainers.split("+")]
+    def labels(self, models: str, fold: int, case: str) -> np.ndarray:
+        """Label map (D, H, W) of the mean probabilities of one or more models joined by ``+``."""
+        stack = [self._probabilities(model, fold, case) for model in models.split("+")]
         return np.mean(stack, 0).argmax(0)
 
-    def _probabilities(self, trainer: str, fold: int, case: str) -> np.ndarray:
-        folder = self.results / f"{trainer}__{self.plans}__3d_fullres" / f"fold_{fold}" / "validation"
-        return np.load(folder / f"{case}.npz")["probabilities"].astype(np.float32)
+    def _probabilities(self, model: str, fold: int, case: str) -> np.ndarray:
+        file = self.folder(model, fold) / "validation" / f"{case}.npz"
+        return np.load(file)["probabilities"].astype(np.float32)
+
+    def folder(self, model: str, fold: int) -> Path:
+        """Fold folder of TRAINER, TRAINER@PLANS or TRAINER@PLANS@CONFIGURATION."""
+        trainer, plans, configuration = [*model.split("@"), *(self.plans, "3d_fullres")[model.count("@") :]]
+        return self.results / f"{trainer}__{plans}__{configuration}" / f"fold_{fold}"
 
     def reference(self, case: str) -> tuple[np.ndarray, tuple[float, ...]]:
         """Reference label map (D, H, W) and spacing (z, y, x) in mm."""

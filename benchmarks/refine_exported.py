@@ -21,30 +21,17 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_results
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from nnunet_diffrefine.config import RefineConfig
 from nnunet_diffrefine.data import PriorDataset
+from nnunet_diffrefine.inference.volume import GivenPrior, whole
 from nnunet_diffrefine.networks.refinement import RefinementNetwork
 from nnunet_diffrefine.paths import StageOneId, export_folder
 from nnunet_diffrefine.plan_command import parse_changes
 from nnunet_diffrefine.plans import merge, read_block
 from nnunet_diffrefine.stage_one.store import PriorStore
-
-
-class GivenPrior(nn.Module):
-    """A refinement network whose prior comes with the image, as its last R channels."""
-
-    def __init__(self, network: RefinementNetwork) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Stacked image and prior (B, C + R, *S) -> logits (B, H, *S)."""
-        foreground = self.network.foreground
-        image, prior = x[:, : -foreground.channels], x[:, -foreground.channels :]
-        return self.network.refined(image, foreground.logits(prior))
 
 
 def with_settings(network: RefinementNetwork, config: RefineConfig) -> RefinementNetwork:
@@ -99,7 +86,7 @@ def main() -> None:
 
 def _score(predictor, case, channels, foreground, spacing):  # noqa: ANN001, ANN202
     data, segmentation, _, _ = case
-    x = torch.from_numpy(data[(slice(None), slice(None), slice(None), slice(None))])
+    x = whole(data)
     logits = predictor.predict_sliding_window_return_logits(x[:channels])[None].float()
     decided = foreground.decide(logits)[0].numpy() > 0
     reference = _reference(predictor, np.asarray(segmentation[:]))

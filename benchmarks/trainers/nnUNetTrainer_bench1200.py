@@ -36,7 +36,8 @@ class nnUNetTrainer_bench1200_second(nnUNetTrainer_bench1200):
     """The control "a second network of the same size and budget": another random initialisation."""
 
 
-class nnUNetTrainer_bench240(nnUNetTrainer_bench1200):
-    """240 steps, for full-size volumes on a CPU."""
-
-    steps_per_epoch = 20
+for _steps in (60, 240, 600):
+    for _suffix in ("", "_on", "_second"):
+        _base = globals()[f"nnUNetTrainer_bench1200{_suffix}"]
+        _name, _content = f"nnUNetTrainer_bench{_steps}{_suffix}", {"__module__": __name__, "__doc__": _base.__doc__}
+        globals()[_name] = type(_name, (_base,), {**_content, "steps_per_epoch": _steps // 12})
