@@ -2,48 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nnunet_diffrefine.demo.small_plans import shrink
+from nnunet_diffrefine.demo.small_plans import CONFIGURATION
 from nnunet_diffrefine.demo.steps import environment, find_command
+from nnunet_diffrefine.demo.working_folder import WorkingFolder
 
 TRAINERS = Path(__file__).parent / "trainers"
 TINY = "nnUNetPlansTiny"
-CONFIGURATION = "3d_fullres"
 
 
-@dataclass
-class Workspace:
+@dataclass(frozen=True)
+class Workspace(WorkingFolder):
     """One dataset in a folder of its own.
 
     Attributes:
-        folder: holds nnUNet_raw, nnUNet_preprocessed, nnUNet_results.
-        dataset: DatasetXXX_NAME.
         extra: environment variables on top of nnU-Net's.
     """
 
-    folder: Path
-    dataset: str
+    plans = TINY
     extra: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def raw(self) -> Path:
-        return self.folder / "nnUNet_raw" / self.dataset
-
-    @property
-    def preprocessed(self) -> Path:
-        return self.folder / "nnUNet_preprocessed" / self.dataset
-
-    @property
-    def number(self) -> str:
-        return str(int(self.dataset[7:10]))
-
-    def model(self, trainer: str, plans: str = TINY) -> Path:
-        return self.folder / "nnUNet_results" / self.dataset / f"{trainer}__{plans}__{CONFIGURATION}"
 
     def env(self) -> dict[str, str]:
         """One worker, one thread: several commands may run side by side."""
@@ -75,51 +56,23 @@ class Workspace:
         assert (process.returncode != 0) == fails, output[-4000:]
         return output
 
-    def together(self, *commands: tuple[str, ...]) -> list[str]:
+    def together(self, *commands: list[str]) -> list[str]:
         """Run commands side by side."""
         processes = [self.start(*command) for command in commands]
         return [self.wait(process) for process in processes]
 
-    def train(self, fold: int, trainer: str, *options: str, plans: str = TINY) -> tuple[str, ...]:
-        return (
-            "nnUNetv2_train",
-            self.number,
-            CONFIGURATION,
-            str(fold),
-            "-tr",
-            trainer,
-            "-p",
-            plans,
-            "-device",
-            "cpu",
-            *options,
-        )
+    def train(self, fold: int, trainer: str, *options: str) -> list[str]:
+        return super().train(fold, trainer, "-device", "cpu", *options)
+
+    def predict(self, trainer: str, images: Path, out: Path, *options: str) -> list[str]:
+        """Command that predicts in one process."""
+        where = ["-i", images, "-o", out, "-device", "cpu", "-npp", "0", "-nps", "0"]
+        return ["nnUNetv2_predict", *self.options(trainer), *map(str, where), *options]
 
     def plan(
-        self,
-        features: list[int],
-        patch: list[int],
-        folds: int = 2,
-        planner: str = "ExperimentPlanner",
-        plans: str = "nnUNetPlans",
+        self, features: list[int], patch: list[int], planner: str = "ExperimentPlanner", plans: str = "nnUNetPlans"
     ) -> None:
-        """Plan and preprocess with nnU-Net, then cut the network down and split the cases."""
-        self.run(
-            "nnUNetv2_plan_and_preprocess",
-            "-d",
-            self.number,
-            "-c",
-            CONFIGURATION,
-            "-pl",
-            planner,
-            "-np",
-            "1",
-            "-npfp",
-            "1",
-        )
-        full = json.loads((self.preprocessed / f"{plans}.json").read_text())
-        (self.preprocessed / f"{TINY}.json").write_text(json.dumps(shrink(full, TINY, features, 2, patch)))
-        cases = sorted(f.name.split(".")[0] for f in (self.raw / "labelsTr").iterdir())
-        held_out = [cases[k::folds] for k in range(folds)]
-        splits = [{"train": sorted(set(cases) - set(val)), "val": val} for val in held_out]
-        (self.preprocessed / "splits_final.json").write_text(json.dumps(splits))
+        """Plan and preprocess with nnU-Net, then cut the network down and split the cases into two folds."""
+        what = ["-d", self.number, "-c", CONFIGURATION, "-pl", planner]
+        self.run("nnUNetv2_plan_and_preprocess", *what, "-np", "1", "-npfp", "1")
+        self.write_small_plans(plans, features, patch, folds=2)

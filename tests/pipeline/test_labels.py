@@ -10,28 +10,14 @@ import time
 import pytest
 import SimpleITK as sitk
 import torch
-from workspace import CONFIGURATION, TINY
+from workspace import Workspace
 
 STAGE_ONE, REFINER = "nnUNetTrainer_tiny", "DiffRefineTrainer_tiny"
 pytestmark = pytest.mark.nnunet
 
 
-def export(workspace, *options: str) -> tuple[str, ...]:
-    return (
-        "nnUNetv2_diffrefine",
-        "export",
-        "-d",
-        workspace.number,
-        "-c",
-        CONFIGURATION,
-        "-tr",
-        STAGE_ONE,
-        "-p",
-        TINY,
-        "-device",
-        "cpu",
-        *options,
-    )
+def export(workspace: Workspace, *options: str) -> list[str]:
+    return ["nnUNetv2_diffrefine", "export", *workspace.options(STAGE_ONE), "-device", "cpu", *options]
 
 
 @pytest.fixture(scope="module")

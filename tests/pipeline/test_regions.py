@@ -21,30 +21,8 @@ def read(file) -> np.ndarray:
 
 
 def predict(workspace: Workspace, out: str, *options: str, images=None) -> dict[str, np.ndarray]:
-    images = images or workspace.raw / "imagesTs"
     target = workspace.folder / out
-    workspace.run(
-        "nnUNetv2_predict",
-        "-i",
-        images,
-        "-o",
-        target,
-        "-d",
-        workspace.number,
-        "-c",
-        CONFIGURATION,
-        "-tr",
-        REFINER,
-        "-p",
-        TINY,
-        "-device",
-        "cpu",
-        "-npp",
-        "0",
-        "-nps",
-        "0",
-        *options,
-    )
+    workspace.run(*workspace.predict(REFINER, images or workspace.raw / "imagesTs", target, *options))
     return {f.name: read(f) for f in sorted(target.glob("*.nii.gz"))}
 
 
@@ -105,22 +83,7 @@ def test_zip_predicts_the_same_on_a_machine_with_nothing_else(region_run, tmp_pa
     """The model zip holds stage one; neither data nor stage one's folder is needed."""
     here = predict(region_run, "here", "-f", "0", "1")
     archive = tmp_path / "model.zip"
-    region_run.run(
-        "nnUNetv2_export_model_to_zip",
-        "-d",
-        region_run.number,
-        "-o",
-        archive,
-        "-c",
-        CONFIGURATION,
-        "-tr",
-        REFINER,
-        "-p",
-        TINY,
-        "-f",
-        "0",
-        "1",
-    )
+    region_run.run("nnUNetv2_export_model_to_zip", *region_run.options(REFINER), "-o", archive, "-f", "0", "1")
     other = Workspace(tmp_path / "other", region_run.dataset)
     for part in ("raw", "preprocessed", "results"):
         (other.folder / f"nnUNet_{part}").mkdir(parents=True)
@@ -132,45 +95,15 @@ def test_zip_predicts_the_same_on_a_machine_with_nothing_else(region_run, tmp_pa
 
 
 def test_find_best_configuration_compares_stage_one_and_refiner(region_run):
-    output = region_run.run(
-        "nnUNetv2_find_best_configuration",
-        region_run.number,
-        "-c",
-        CONFIGURATION,
-        "-p",
-        TINY,
-        "-tr",
-        STAGE_ONE,
-        REFINER,
-        "-f",
-        "0",
-        "1",
-    )
-    assert f"{REFINER}__{TINY}__{CONFIGURATION}" in output
-    assert f"{STAGE_ONE}__{TINY}__{CONFIGURATION}" in output
+    models = [region_run.number, "-c", CONFIGURATION, "-p", TINY, "-tr", STAGE_ONE, REFINER]
+    output = region_run.run("nnUNetv2_find_best_configuration", *models, "-f", "0", "1")
+    assert region_run.model(REFINER).name in output
+    assert region_run.model(STAGE_ONE).name in output
 
 
 def test_without_the_variable_nnunet_says_where_it_looked(region_run):
     lost = Workspace(region_run.folder, region_run.dataset, {"nnUNet_extTrainer": ""})
-    output = lost.run(
-        "nnUNetv2_predict",
-        "-i",
-        lost.raw / "imagesTs",
-        "-o",
-        lost.folder / "lost",
-        "-d",
-        lost.number,
-        "-c",
-        CONFIGURATION,
-        "-tr",
-        REFINER,
-        "-p",
-        TINY,
-        "-device",
-        "cpu",
-        "-f",
-        "0",
-        fails=True,
-    )
+    command = lost.predict(REFINER, lost.raw / "imagesTs", lost.folder / "lost", "-f", "0")
+    output = lost.run(*command, fails=True)
     assert f"Could not find requested nnunet trainer {REFINER}" in output
     assert "nnUNet_extTrainer" in output
