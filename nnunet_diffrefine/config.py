@@ -6,27 +6,15 @@ every setting that shapes the network, its training or its sampling lives in the
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from typing import Any, Literal, get_type_hints
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
-import dacite
+from nnunet_diffrefine.settings_block import ConfigError, between, read_settings, require
+
+__all__ = ["BLOCK", "ConfigError", "RefineConfig"]
 
 BLOCK = "diffrefine"
-
-
-class ConfigError(ValueError):
-    """A ``diffrefine`` block that cannot be used; the message names the key and what it should be."""
-
-
-def _require(condition: bool, key: str, value: object, wanted: str) -> None:
-    if not condition:
-        raise ConfigError(f"diffrefine setting '{key}' is {value!r}; it must be {wanted}.")
-
-
-def _between(key: str, value: float, low: float, high: float) -> None:
-    _require(low <= value <= high, key, value, f"between {low} and {high}")
 
 
 @dataclass(frozen=True)
@@ -75,9 +63,9 @@ class ErrorConfig:
     def __post_init__(self) -> None:
         """Refuse values outside their range."""
         for key in ("dice", "entropy", "squared", "surface"):
-            _require(getattr(self, key) >= 0, f"error.{key}", getattr(self, key), "0 or more")
-        _require(0 < self.threshold < 1, "error.threshold", self.threshold, "above 0 and below 1")
-        _require(0 <= self.calibration <= 0.5, "error.calibration", self.calibration, "between 0 and 0.5")
+            require(getattr(self, key) >= 0, f"error.{key}", getattr(self, key), "0 or more")
+        require(0 < self.threshold < 1, "error.threshold", self.threshold, "above 0 and below 1")
+        require(0 <= self.calibration <= 0.5, "error.calibration", self.calibration, "between 0 and 0.5")
 
 
 @dataclass(frozen=True)
@@ -105,14 +93,14 @@ class ProcessConfig:
 
     def __post_init__(self) -> None:
         """Refuse values no process can run with."""
-        _between("process.timesteps", self.timesteps, 1, 100_000)
-        _require(self.input_scale > 0, "process.input_scale", self.input_scale, "above 0")
-        _require(0 < self.truncation <= 1, "process.truncation", self.truncation, "above 0 and at most 1")
+        between("process.timesteps", self.timesteps, 1, 100_000)
+        require(self.input_scale > 0, "process.input_scale", self.input_scale, "above 0")
+        require(0 < self.truncation <= 1, "process.truncation", self.truncation, "above 0 and at most 1")
         known = {"gaussian": ("x0", "epsilon", "v"), "bernoulli": ("x0", "flip")}.get(self.kind, ("x0",))
         wanted = f"{' or '.join(map(repr, known))} for process.kind '{self.kind}'"
-        _require(self.prediction in known, "process.prediction", self.prediction, wanted)
+        require(self.prediction in known, "process.prediction", self.prediction, wanted)
         if self.kind != "gaussian":
-            _require(self.truncation == 1, "process.truncation", self.truncation, f"1 for process.kind '{self.kind}'")
+            require(self.truncation == 1, "process.truncation", self.truncation, f"1 for process.kind '{self.kind}'")
 
 
 @dataclass(frozen=True)
@@ -140,9 +128,9 @@ class ConditionConfig:
 
     def __post_init__(self) -> None:
         """Refuse an empty condition and values outside their range."""
-        _between("condition.outside", self.outside, 0.0, 1.0)
-        _between("condition.low_pass", self.low_pass, 0.0, 1.0)
-        _require((self.image, self.prior) != ("none", "none"), "condition.image", self.image, "shown, or the prior")
+        between("condition.outside", self.outside, 0.0, 1.0)
+        between("condition.low_pass", self.low_pass, 0.0, 1.0)
+        require((self.image, self.prior) != ("none", "none"), "condition.image", self.image, "shown, or the prior")
 
 
 @dataclass(frozen=True)
@@ -182,12 +170,12 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         """Refuse values outside their range."""
-        _require(self.learning_rate > 0, "training.learning_rate", self.learning_rate, "above 0")
-        _require(self.weight_decay >= 0, "training.weight_decay", self.weight_decay, "0 or more")
-        _require(self.gradient_clip > 0, "training.gradient_clip", self.gradient_clip, "above 0")
+        require(self.learning_rate > 0, "training.learning_rate", self.learning_rate, "above 0")
+        require(self.weight_decay >= 0, "training.weight_decay", self.weight_decay, "0 or more")
+        require(self.gradient_clip > 0, "training.gradient_clip", self.gradient_clip, "above 0")
         for key in ("warmup", "recycling", "prior_end", "prior_morphology", "prior_removal", "prior_dropping"):
-            _between(f"training.{key}", getattr(self, key), 0.0, 1.0)
-        _require(0 <= self.ema_decay < 1, "training.ema_decay", self.ema_decay, "at least 0 and below 1")
+            between(f"training.{key}", getattr(self, key), 0.0, 1.0)
+        require(0 <= self.ema_decay < 1, "training.ema_decay", self.ema_decay, "at least 0 and below 1")
 
 
 @dataclass(frozen=True)
@@ -214,11 +202,11 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         """Refuse values outside their range."""
-        _require(self.steps >= 1, "sampling.steps", self.steps, "at least 1")
-        _between("sampling.mirrored_copies", self.mirrored_copies, 1, 8)
-        _require(self.samples >= 1, "sampling.samples", self.samples, "at least 1")
+        require(self.steps >= 1, "sampling.steps", self.steps, "at least 1")
+        between("sampling.mirrored_copies", self.mirrored_copies, 1, 8)
+        require(self.samples >= 1, "sampling.samples", self.samples, "at least 1")
         for key in ("eta", "min_foreground", "stage_one_weight"):
-            _between(f"sampling.{key}", getattr(self, key), 0.0, 1.0)
+            between(f"sampling.{key}", getattr(self, key), 0.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -250,14 +238,14 @@ class RefineConfig:
         steps, timesteps = self.sampling.steps, self.process.timesteps
         truncated = "" if self.process.truncation == 1 else " x process.truncation"
         timesteps = max(int(timesteps * self.process.truncation), 1)
-        _require(steps <= timesteps, "sampling.steps", steps, f"at most process.timesteps{truncated} ({timesteps})")
+        require(steps <= timesteps, "sampling.steps", steps, f"at most process.timesteps{truncated} ({timesteps})")
         start, image = self.training.initial_weights, self.condition.image
-        _require(image != "none" or start == "random", "training.initial_weights", start, "'random' without an image")
+        require(image != "none" or start == "random", "training.initial_weights", start, "'random' without an image")
         if self.process.prediction in ("epsilon", "v"):
             deep, recycling = self.training.deep_supervision, self.training.recycling
-            _require(not deep, "training.deep_supervision", deep, "false to predict epsilon or v")
+            require(not deep, "training.deep_supervision", deep, "false to predict epsilon or v")
             # The noise would lead to the model's own prediction, not to x_0.
-            _require(recycling == 0, "training.recycling", recycling, "0 to predict epsilon or v")
+            require(recycling == 0, "training.recycling", recycling, "0 to predict epsilon or v")
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain dictionaries, ready for JSON."""
@@ -270,31 +258,4 @@ class RefineConfig:
         Raises:
             ConfigError: a key is unknown (the nearest valid one is named), of the wrong type, or out of range.
         """
-        _refuse_unknown_keys(cls, values, prefix="")
-        try:
-            return dacite.from_dict(cls, values, dacite.Config(strict=True, type_hooks={float: _as_float}))
-        except dacite.DaciteFieldError as error:
-            raise ConfigError(f"diffrefine setting '{error.field_path}': {error}") from error
-
-
-def _as_float(value: object) -> object:
-    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
-
-
-def _refuse_unknown_keys(cls: type, values: Mapping[str, Any], prefix: str) -> None:
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"diffrefine setting '{prefix.rstrip('.')}' is {values!r}; it must be a group of settings.")
-    hints = get_type_hints(cls)
-    names = [f.name for f in fields(cls)]
-    for key, value in values.items():
-        if key not in names:
-            raise ConfigError(_unknown_key(f"{prefix}{key}", key, names, prefix))
-        if isinstance(value, bool) and hints[key] in (int, float):
-            raise ConfigError(f"diffrefine setting '{prefix}{key}' is {value}; it must be a number.")
-        if is_dataclass(hints[key]):
-            _refuse_unknown_keys(hints[key], value, prefix=f"{key}.")
-
-
-def _unknown_key(path: str, key: str, names: list[str], prefix: str) -> str:
-    nearest = difflib.get_close_matches(str(key), names, n=1, cutoff=0.0)[0]
-    return f"Unknown diffrefine setting '{path}'. Nearest valid one: '{prefix}{nearest}'. All: {', '.join(names)}."
+        return read_settings(cls, values)

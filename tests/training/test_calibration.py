@@ -90,7 +90,9 @@ class TestEvidenceOfAVolume:
         batch = batch_of(foreground)
         found = GivenPrior(network, evidence=True)(torch.cat((batch.image, batch.prior), 1))
         assert found.shape[1] == foreground.heads
-        own = torch.cat([network.evidence(i, p) for i, p in zip(batch.image.split(1), batch.prior.split(1))])
+        own = torch.cat(
+            [network.evidence(i, p) for i, p in zip(batch.image.split(1), batch.prior.split(1), strict=True)]
+        )
         torch.testing.assert_close(found[:, -2:], own.clamp(NO_ERROR, -NO_ERROR))
 
     def test_no_evidence_where_stage_one_sees_nothing(self, foreground) -> None:
