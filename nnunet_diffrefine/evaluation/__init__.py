@@ -1,0 +1,1 @@
+"""Segmentations and references to one tidy table of named, documented metrics (docs/metrics.md)."""

@@ -1,0 +1,1 @@
+"""Tables and comparisons made from the metrics of ``nnUNetv2_diffrefine evaluate``."""

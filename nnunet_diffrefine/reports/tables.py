@@ -1,0 +1,155 @@
+"""Comparisons as Markdown and LaTeX."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from nnunet_diffrefine.reports.compare import Row
+
+SIGN = {"higher": "↑", "lower": "↓", "nearer zero": "→0"}
+LATEX_SIGN = {"higher": r"$\uparrow$", "lower": r"$\downarrow$", "nearer zero": r"$\to 0$"}
+LATEX_SPECIAL = {
+    **{character: "\\" + character for character in "&%$#_{}"},
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+}
+
+
+def markdown(rows: Sequence[Row], baseline: str, n_cases: int) -> str:
+    """The whole comparison: a table a system, p values per fold if there are any, the worst losses, and a legend."""
+    parts = []
+    for system in dict.fromkeys(row.system for row in rows):
+        own = [row for row in rows if row.system == system]
+        pooled = [row for row in own if row.fold is None]
+        parts.append(f"# {_cell(system)} against {_cell(baseline)}, {n_cases} cases\n\n{_pooled(pooled, baseline)}")
+        if per_fold := [row for row in own if row.fold is not None]:
+            parts.append(f"## Per fold\n\n{_per_fold(per_fold)}")
+        parts.append(f"## Worst losses\n\n{_losses(pooled, baseline)}")
+    return "\n\n".join([*parts, _legend(rows)]) + "\n"
+
+
+def latex(rows: Sequence[Row], baseline: str) -> str:
+    """The pooled tables, for the package booktabs; one ``tabular`` a system."""
+    parts = []
+    for system in dict.fromkeys(row.system for row in rows):
+        headers = ["Label", "Metric", "$n$", escape_latex(baseline), escape_latex(system)]
+        headers += [r"Difference [95\,\%]", "better/equal/worse", "$p$ Wilcoxon (Holm)", "$p$ $t$ (Holm)"]
+        lines = [f"% {_one_line(system)} against {_one_line(baseline)}; needs \\usepackage{{booktabs}}"]
+        lines += [r"\begin{tabular}{llrrrlrll}", r"\toprule", " & ".join(headers) + r" \\", r"\midrule"]
+        for row in rows:
+            if row.system == system and row.fold is None:
+                label, metric, *numbers = _cells(row)
+                metric = f"{escape_latex(_metric(row))} {LATEX_SIGN[row.better]}"
+                numbers = [escape_latex(number).replace("−", "$-$") for number in numbers]
+                lines.append(" & ".join([escape_latex(label), metric, *numbers]) + r" \\")
+        parts.append("\n".join([*lines, r"\bottomrule", r"\end{tabular}"]))
+    return "\n\n".join(parts) + "\n"
+
+
+def escape_latex(text: str) -> str:
+    """Text that LaTeX prints as it is."""
+    return "".join(LATEX_SPECIAL.get(character, character) for character in _one_line(text))
+
+
+def _pooled(rows: Sequence[Row], baseline: str) -> str:
+    headers = ["label", "metric", "n", baseline, rows[0].system, "difference [95 %]", "better / equal / worse"]
+    headers += ["p Wilcoxon (Holm)", "p t (Holm)"]
+    return _table(headers, [_cells(row) for row in rows], "llrrrrrrr")
+
+
+def _per_fold(rows: Sequence[Row]) -> str:
+    headers = ["label", "metric", "fold", "n", "difference [95 %]", "better / equal / worse"]
+    headers += ["p Wilcoxon (Holm)", "p t (Holm)"]
+    ordered = sorted(rows, key=lambda row: (*_position(rows, row), row.fold))
+    cells = []
+    for row in ordered:
+        label, metric, n, _, _, *rest = _cells(row)
+        cells.append([label, metric, str(row.fold), n, *rest])
+    return _table(headers, cells, "llrrrrrr")
+
+
+def _position(rows: Sequence[Row], row: Row) -> tuple[int]:
+    """Place of a row's label and metric in the order they came."""
+    keys = list(dict.fromkeys((r.label, r.metric) for r in rows))
+    return (keys.index((row.label, row.metric)),)
+
+
+def _losses(rows: Sequence[Row], baseline: str) -> str:
+    headers = ["label", "metric", "case", baseline, rows[0].system, "difference"]
+    cells = [
+        [row.label, _metric(row), loss.case, *map(_number, (loss.baseline, loss.system)), _signed(loss.difference)]
+        for row in rows
+        for loss in row.result.losses
+    ]
+    return _table(headers, cells, "lllrrr") if cells else "None: no case became worse."
+
+
+def _legend(rows: Sequence[Row]) -> str:
+    lines = [
+        "Difference: mean of system minus baseline, with its bootstrap interval (BCa, 95 %). ↑ higher is better, "
+        "↓ lower, →0 nearer zero (absolute values are compared).",
+        "p: one-sided, paired, the alternative being that the system is better; in brackets Holm-adjusted over all "
+        "labels and metrics of the table (of the fold). An interval or p that is not defined is shown as –.",
+    ]
+    if one_sided := sum(row.result.n_one_sided for row in rows if row.fold is None):
+        lines.append(
+            f"{one_sided} values exist in one system only: it rightly predicted nothing where the other predicted "
+            "something. They count as better or worse but are in no mean, interval or p; evaluate with --empty brats "
+            "to have them in."
+        )
+    return "\n\n".join(lines)
+
+
+def _cells(row: Row) -> list[str]:
+    result = row.result
+    interval = "–" if result.interval is None else f"{_signed(result.interval[0])}, {_signed(result.interval[1])}"
+    return [
+        row.label,
+        f"{_metric(row)} {SIGN[row.better]}",
+        str(result.n),
+        _number(result.baseline),
+        _number(result.system),
+        f"{_signed(result.difference)} [{interval}]",
+        f"{result.better} / {result.equal} / {result.worse}",
+        f"{_p(result.p_wilcoxon)} ({_p(row.p_wilcoxon_holm)})",
+        f"{_p(result.p_t)} ({_p(row.p_t_holm)})",
+    ]
+
+
+def _metric(row: Row) -> str:
+    return row.metric if row.unit == "1" else f"{row.metric} [{row.unit}]"
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}".replace("-", "−")
+
+
+def _signed(value: float | None) -> str:
+    return "–" if value is None else f"{value:+.3g}".replace("-", "−")
+
+
+def _p(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return "<0.0001" if value < 1e-4 else f"{value:.4f}"
+
+
+def _table(headers: Sequence[str], rows: Sequence[Sequence[str]], alignment: str) -> str:
+    rule = [{"l": "---", "r": "---:"}[side] for side in alignment]
+    lines = [[_cell(text) for text in headers], rule, *([_cell(text) for text in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    """Text that cannot break out of its Markdown cell."""
+    return _one_line(text).replace("|", r"\|")
+
+
+def _one_line(text: str) -> str:
+    return re.sub(r"\s+", " ", text)
