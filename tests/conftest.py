@@ -1,17 +1,32 @@
-"""Shared fixtures: whole runs through nnU-Net's commands, made once a session."""
+"""Shared fixtures: whole runs through nnU-Net's commands, made once a session, on one worker if there are several."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import torch
 from workspace import Workspace
 
 from nnunet_diffrefine.demo.phantom import PhantomSettings, make_case, write_dataset
 
 SMALL = PhantomSettings(shape=(24, 28, 24))
+RUNS = ("region_run", "label_run")
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads would take the core from the other processes
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start with the long ones; all tests of a run go to the same worker."""
+    for item in items:
+        for run in set(RUNS) & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.xdist_group(run))
+    items.sort(key=lambda item: item.get_closest_marker("nnunet") is None)
 
 
 @pytest.fixture(scope="session")
