@@ -68,6 +68,16 @@ def export_folder(dataset: str, stage_one: StageOneId) -> Path:
     return exports_folder(dataset) / stage_one.name
 
 
+def residuals_folder(dataset: str) -> Path:
+    """The folder of all out-of-fold syntheses of a dataset; apart from the priors, of which a refiner looks for one."""
+    return preprocessed_dataset(dataset) / "diffrefine_synthesis"
+
+
+def residual_folder(dataset: str, synthesis: StageOneId) -> Path:
+    """The out-of-fold export of one synthesis model, built like :func:`export_folder`."""
+    return residuals_folder(dataset) / synthesis.name
+
+
 def model_folder(dataset: str, stage_one: StageOneId) -> Path:
     """``nnUNet_results/DATASET/TRAINER__PLANS__CONFIG``."""
     return environment_folder("nnUNet_results") / dataset / stage_one.name

@@ -3,6 +3,8 @@
 The prediction is nnU-Net's own validation (``nnUNetTrainer.perform_actual_validation``): sliding window with half a
 patch per step, Gaussian weighting, mirroring, on the preprocessed image; but its soft output is kept, in preprocessed
 geometry. Any trained nnU-Net model can be exported; none has to be retrained.
+
+A synthesis model (``ReCoSegSynthesisTrainer``) is exported alike: what is kept is by how much its channel differs.
 """
 
 from __future__ import annotations
@@ -10,8 +12,10 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -22,9 +26,17 @@ from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from tqdm import tqdm
 
-from nnunet_diffrefine.paths import MANIFEST, StageOneId, export_folder, model_folder
+from nnunet_diffrefine.networks.recoseg import Synthesiser
+from nnunet_diffrefine.paths import MANIFEST, StageOneId, export_folder, model_folder, residual_folder
 from nnunet_diffrefine.stage_one.fingerprint import preprocessing_sha256, splits_sha256
-from nnunet_diffrefine.stage_one.manifest import FoldRecord, ForegroundRecord, Manifest, ModelRecord, update
+from nnunet_diffrefine.stage_one.manifest import (
+    ChannelRecord,
+    FoldRecord,
+    ForegroundRecord,
+    Manifest,
+    ModelRecord,
+    update,
+)
 from nnunet_diffrefine.stage_one.preflight import (
     Sources,
     check_checkpoint,
@@ -33,6 +45,7 @@ from nnunet_diffrefine.stage_one.preflight import (
     check_preprocessed,
     read_sources,
 )
+from nnunet_diffrefine.stage_one.residual import residual_quantiles, stored_parts, synthesised_channel
 from nnunet_diffrefine.stage_one.store import PriorStore
 
 FINAL = "checkpoint_final.pth"
@@ -49,6 +62,8 @@ def export(
     checkpoint_name: str = FINAL,
 ) -> Manifest:
     """Export the out-of-fold priors of a stage one into ``nnUNet_preprocessed/DATASET/diffrefine/``.
+
+    Of a synthesis model, what its channel differs by, into ``diffrefine_synthesis/``.
 
     Cases that are already exported, intact and by the same checkpoint are skipped. Several processes may export at
     once, each with its own ``part_id``.
@@ -76,7 +91,7 @@ def export(
     pairs = [(fold, case) for fold in chosen for case in sorted(sources.splits[fold]["val"])]
     dataset_class = _dataset_class(sources.data_folder)
     check_preprocessed(sources, dataset_class.get_identifiers(str(sources.data_folder)), [case for _, case in pairs])
-    folder = export_folder(dataset, stage_one)
+    folder = (residual_folder if sources.channel else export_folder)(dataset, stage_one)
     folder.mkdir(parents=True, exist_ok=True)
     manifest = _begin(sources, chosen, folder)
     every = dataset_class(str(sources.data_folder), [case for _, case in pairs])
@@ -107,7 +122,11 @@ def export_cases(
     """
     store = PriorStore(folder)
     for case in data.identifiers:
-        record = store.write(case, predict(predictor, data, case), fold)
+        values = predict(predictor, data, case)
+        record = store.write(case, values, fold)
+        if channel := _channel(predictor):
+            image = data.load_case(case)[0][:]
+            record = replace(record, quantiles=residual_quantiles(values, image, channel.maximum))
         update(folder, lambda manifest: _known(manifest, folder).with_case(case, record))  # noqa: B023 (called at once)
         if progress is not None:
             progress.update()
@@ -116,13 +135,18 @@ def export_cases(
 def predict(predictor: nnUNetPredictor, data: nnUNetBaseDataset, case: str) -> np.ndarray:
     """Foreground probabilities (R, D, H, W), float32 in [0, 1], of a preprocessed case.
 
+    Of a synthesis, excess and deficit of its channel, (2, D, H, W) in [0, 1].
+
     Raises:
         ValueError: the image has values that are not finite.
     """
     image = data.load_case(case)[0][:]
     if not np.isfinite(image).all():
         raise ValueError(f"The preprocessed image of case {case} has NaN or infinite values. Check the raw image.")
-    logits = predictor.predict_sliding_window_return_logits(torch.from_numpy(np.ascontiguousarray(image)))
+    tensor = torch.from_numpy(np.ascontiguousarray(image))
+    logits = predictor.predict_sliding_window_return_logits(tensor)
+    if channel := _channel(predictor):
+        return stored_parts(logits, tensor, channel)
     probabilities = predictor.label_manager.apply_inference_nonlin(logits.cpu()).numpy()
     return probabilities if predictor.label_manager.has_regions else probabilities[1:]
 
@@ -148,7 +172,18 @@ def load_predictor(sources: Sources, fold: int, device: str) -> nnUNetPredictor:
         )
         folder = str(model_folder(sources.dataset, sources.stage_one))
         predictor.initialize_from_trained_model_folder(folder, (fold,), sources.checkpoint_name)
+    if sources.channel:
+        predictor.network = Synthesiser(getattr(predictor.network, "_orig_mod", predictor.network))
+        # The sliding window makes room for as many channels as there are heads.
+        predictor.label_manager = SimpleNamespace(num_segmentation_heads=1)
     return predictor
+
+
+def _channel(predictor: nnUNetPredictor) -> ChannelRecord | None:
+    """The channel that the predictor synthesises, if it does."""
+    if not isinstance(predictor.network, Synthesiser):
+        return None
+    return synthesised_channel(predictor.configuration_manager.configuration)
 
 
 def summary(manifest: Manifest, sources: Sources, folder: Path) -> str:
@@ -159,7 +194,8 @@ def summary(manifest: Manifest, sources: Sources, folder: Path) -> str:
     missing = [str(fold) for fold, cases in wanted.items() if not cases <= manifest.cases.keys()]
     share = f" ({stored / images:.1%} of their preprocessed images)" if images else ""
     rest = f"Folds still missing or incomplete: {', '.join(missing)}." if missing else "All folds are complete."
-    return f"{len(manifest.cases)} out-of-fold priors, {stored / 1e6:.1f} MB{share}, in {folder}. {rest}"
+    kind = f"syntheses of {manifest.channel.name}" if manifest.channel else "priors"
+    return f"{len(manifest.cases)} out-of-fold {kind}, {stored / 1e6:.1f} MB{share}, in {folder}. {rest}"
 
 
 def _image_bytes(data_folder: Path, case: str) -> int:
@@ -217,6 +253,7 @@ def describe(sources: Sources, mirror_axes: list[int] | None) -> Manifest:
         splits_sha256=splits_sha256(sources.splits),
         foreground=ForegroundRecord.from_dataset_json(sources.dataset_json),
         nnunetv2=version("nnunetv2"),
+        channel=sources.channel,
     )
 
 

@@ -21,15 +21,22 @@ from nnunet_diffrefine.stage_one.store import PriorStore
 
 
 def open_export(
-    dataset: str, stage_one: StageOneId, plans: Mapping[str, Any], configuration: str, dataset_json: Mapping[str, Any]
+    dataset: str,
+    stage_one: StageOneId,
+    plans: Mapping[str, Any],
+    configuration: str,
+    dataset_json: Mapping[str, Any],
+    folder: Path | None = None,
 ) -> tuple[Manifest, PriorStore]:
     """Read and check the export of ``stage_one`` for a refiner on ``plans`` and ``configuration``.
+
+    ``folder`` is the export's; None for that of priors.
 
     Raises:
         LeakError: the export must not be used.
         RuntimeError: there is none, or its manifest or the splits are broken.
     """
-    folder = export_folder(dataset, stage_one)
+    folder = folder or export_folder(dataset, stage_one)
     manifest = Manifest.read(folder)
     splits, models = read_splits(dataset, stage_one), model_folder(dataset, stage_one)
     check_out_of_fold(manifest, folder, splits, models, plans, configuration, dataset_json)
@@ -144,12 +151,12 @@ def _check_cases(manifest: Manifest, splits: Splits) -> None:
             f"Case(s) {listed(trained)} were predicted by another fold than the one that held them out, so by one "
             f"that trained on them. {_export(manifest, folds)}"
         )
-    channels = len(manifest.foreground.names)
+    channels = len(manifest.channels)
     if odd := {name for name, case in manifest.cases.items() if case.shape[0] != channels}:
         folds = {owner[case] for case in odd}
         raise LeakError(
             f"Prior(s) of case(s) {listed(odd)} do not have {channels} channels, one for each of "
-            f"{', '.join(manifest.foreground.names)}. Delete the export's manifest.json. {_export(manifest, folds)}"
+            f"{', '.join(manifest.channels)}. Delete the export's manifest.json. {_export(manifest, folds)}"
         )
 
 

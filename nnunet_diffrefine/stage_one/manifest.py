@@ -37,12 +37,16 @@ class FoldRecord:
 
 @dataclass(frozen=True)
 class CaseRecord:
-    """One stored prior: the fold that predicted it, its shape [R, D, H, W], SHA-256 and size in bytes of its file."""
+    """One stored prior: the fold that predicted it, its shape [R, D, H, W], SHA-256 and size in bytes of its file.
+
+    Of a residual, also its quantiles in standard deviations, evenly spread from 0 to 1, over the voxels of the image.
+    """
 
     fold: int | str
     shape: list[int]
     sha256: str
     bytes: int
+    quantiles: list[float] | None = None
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,28 @@ class ModelRecord:
     def stage_one(self) -> StageOneId:
         """Trainer, plans and configuration."""
         return StageOneId(self.trainer, self.plans, self.configuration)
+
+
+@dataclass(frozen=True)
+class ChannelRecord:
+    """The image channel whose synthesis an export holds instead of priors.
+
+    Each case then has two channels in [0, 1]: by how much the synthetic channel exceeds the real one and by how much
+    it falls short, in units of ``maximum``, above which differences are clipped.
+
+    Attributes:
+        name: of the channel in ``dataset.json``.
+        index: of the channel among the image channels.
+        image_channels: number of image channels, this one included.
+        maximum: largest stored difference, in standard deviations of the preprocessed channel; 255 levels cover it.
+        settings: of the synthesis, the trainer's ``diffrefine`` block.
+    """
+
+    name: str
+    index: int
+    image_channels: int
+    maximum: float
+    settings: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -110,7 +136,10 @@ def _values(value: int | Sequence[int]) -> list[Any]:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything known about an export; see the module's text. ``folds`` and ``cases`` grow while it runs."""
+    """Everything known about an export; see the module's text. ``folds`` and ``cases`` grow while it runs.
+
+    ``channel`` is set for the export of a synthesis, and None for that of a segmentation.
+    """
 
     dataset: str
     stage_one: ModelRecord
@@ -121,7 +150,15 @@ class Manifest:
     nnunetv2: str
     folds: dict[int | str, FoldRecord] = field(default_factory=dict)
     cases: dict[str, CaseRecord] = field(default_factory=dict)
+    channel: ChannelRecord | None = None
     format: int = FORMAT
+
+    @property
+    def channels(self) -> list[str]:
+        """What each stored channel of a case is."""
+        if self.channel is not None:
+            return [f"{self.channel.name} {part}" for part in ("excess", "deficit")]
+        return self.foreground.names
 
     def same_source(self, other: Manifest) -> bool:
         """Whether both were made from the same data, splits and model; folds, cases and nnU-Net's version aside."""
@@ -139,8 +176,12 @@ class Manifest:
         return replace(self, cases={**self.cases, name: record})
 
     def to_json(self) -> str:
-        """The file's text."""
-        return json.dumps({"format": self.format, **asdict(self)}, indent=1)
+        """The file's text; what only a synthesis has is left out elsewhere."""
+        values = {"format": self.format, **asdict(self)}
+        for record, key in ((values, "channel"), *((case, "quantiles") for case in values["cases"].values())):
+            if record[key] is None:
+                del record[key]
+        return json.dumps(values, indent=1)
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:

@@ -18,8 +18,9 @@ from nnunet_diffrefine.stage_one.fingerprint import (
     resolve_configuration,
     splits_sha256,
 )
-from nnunet_diffrefine.stage_one.manifest import FoldRecord, ForegroundRecord, Manifest
+from nnunet_diffrefine.stage_one.manifest import ChannelRecord, FoldRecord, ForegroundRecord, Manifest
 from nnunet_diffrefine.stage_one.mending import export_command, listed, train_commands
+from nnunet_diffrefine.stage_one.residual import synthesised_channel
 from nnunet_diffrefine.stage_one.splits import FOLD_ALL, LeakError, check_splits, read_json, read_splits
 
 
@@ -49,6 +50,11 @@ class Sources:
         return resolve_configuration(self.plans, self.stage_one.configuration)
 
     @property
+    def channel(self) -> ChannelRecord | None:
+        """The synthesised channel, or None for a segmentation."""
+        return synthesised_channel(self.settings)
+
+    @property
     def data_folder(self) -> Path:
         """The folder of the preprocessed cases."""
         return preprocessed_dataset(self.dataset) / self.settings["data_identifier"]
@@ -71,8 +77,9 @@ def read_sources(dataset: str, stage_one: StageOneId, checkpoint_name: str) -> S
     if not base.is_dir():
         raise RuntimeError(f"Dataset {dataset} is not preprocessed: {base} does not exist. {plan}")
     now = read_json(base / f"{stage_one.plans}.json", f"Check -p, or: {plan}")
-    _check_configuration(now, stage_one)
     train = f"Train stage one: {train_commands(dataset, stage_one, ['FOLD'])}"
+    if not (model / "plans.json").is_file():
+        _check_configuration(now, stage_one)
     splits = read_splits(dataset, stage_one)
     check_splits(dataset, stage_one, splits)
     plans, then = read_json(model / "plans.json", train), read_json(model / "dataset.json", train)
@@ -96,7 +103,7 @@ def _check_configuration(plans: Mapping[str, Any], stage_one: StageOneId) -> Non
             f"Configuration '{stage_one.configuration}' is the second stage of a cascade (previous_stage is "
             f"'{settings['previous_stage']}'). Export a configuration that needs no other: -c 3d_fullres."
         )
-    if len(settings["patch_size"]) != 3:
+    if len(settings["patch_size"]) != 3 and synthesised_channel(settings) is None:
         raise ValueError(f"Configuration '{stage_one.configuration}' is 2D. Export a 3D one: -c 3d_fullres.")
 
 

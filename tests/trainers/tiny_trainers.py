@@ -5,6 +5,8 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_diffrefine.stage_one.trainer import DiffRefineStageOneTrainer
 from nnunet_diffrefine.training.trainer import DiffRefineTrainer
+from nnunet_diffrefine.training.trainer_recoseg import ReCoSegTrainer
+from nnunet_diffrefine.training.trainer_synthesis import ReCoSegSynthesisTrainer
 
 
 def _shorten(trainer):
@@ -31,3 +33,11 @@ class DiffRefineTrainer_tiny_long(DiffRefineTrainer):
     """Several short epochs with a checkpoint after each, to be interrupted."""
 
     length = {"num_epochs": 10, "num_iterations_per_epoch": 2, "num_val_iterations_per_epoch": 1, "save_every": 1}
+
+
+class ReCoSegSynthesisTrainer_tiny(ReCoSegSynthesisTrainer):
+    length = {"num_epochs": 1, "num_iterations_per_epoch": 2, "num_val_iterations_per_epoch": 1}
+
+
+class ReCoSegTrainer_tiny(ReCoSegTrainer):
+    length = {"num_epochs": 1, "num_iterations_per_epoch": 2, "num_val_iterations_per_epoch": 1}

@@ -1,0 +1,175 @@
+"""``ReCoSegTrainer``: nnU-Net's own training of a segmentation that sees where a synthesis went wrong."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from torch import Tensor, nn
+
+from nnunet_diffrefine.data import PriorDataset
+from nnunet_diffrefine.data.residuals import ExtraChannelTransform
+from nnunet_diffrefine.methods.recoseg import ReCoSeg
+from nnunet_diffrefine.methods.recoseg_settings import ReCoSegConfig
+from nnunet_diffrefine.methods.threshold_sweep import ThresholdSweep
+from nnunet_diffrefine.networks.recoseg import ReCoSegNetwork, StoredChannelNetwork
+from nnunet_diffrefine.stage_one.export import TILE_STEP_SIZE
+from nnunet_diffrefine.training.recoseg import held_out, prepare_recoseg
+from nnunet_diffrefine.training.recoseg_build import build_recoseg
+
+
+class ReCoSegTrainer(nnUNetTrainer):
+    """Train a segmentation on the image and its out-of-fold residual, with nnU-Net's loss, optimiser and schedule.
+
+    Overridden hooks, everything else is nnU-Net's: ``__init__`` (checks first), ``build_network_architecture``,
+    ``initialize`` (the synthesis' weights, the residual's scale), ``do_split`` (cases kept out for the thresholds),
+    mirroring axes (mirroring happens inside the network), datasets and transforms (the additional channel travels
+    along), ``set_deep_supervision_enabled``, ``on_train_end`` and ``perform_actual_validation`` (thresholds first).
+    """
+
+    length: ClassVar[dict[str, int]] = {}
+    """nnU-Net's attributes that a shorter variant changes, such as ``num_epochs``."""
+
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),  # noqa: B008 (nnU-Net's signature)
+    ) -> None:
+        self.prepared = prepare_recoseg(type(self).__name__, plans, configuration, fold, dataset_json)
+        super().__init__(self.prepared.plans, configuration, fold, dataset_json, device)
+        self.config: ReCoSegConfig = self.prepared.config
+        for name, value in self.length.items():
+            setattr(self, name, value)
+
+    @staticmethod
+    def build_network_architecture(
+        plans_manager: Any,  # noqa: ANN401
+        configuration_manager: Any,  # noqa: ANN401
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = True,
+    ) -> nn.Module:
+        """Synthesis plus segmentation, from the plans' ``diffrefine`` block; called by nnU-Net, at prediction too."""
+        return build_recoseg(configuration_manager, num_output_channels, enable_deep_supervision)
+
+    def initialize(self) -> None:
+        """nnU-Net's set-up, then the fold's synthesis and scale and, on CUDA, compilation."""
+        super().initialize()
+        checkpoint = torch.load(self.prepared.checkpoint, map_location="cpu", weights_only=False)
+        weights = {name.removeprefix("module."): value for name, value in checkpoint["network_weights"].items()}
+        self.recoseg.synthesis.load_state_dict(weights)
+        self.recoseg.scale.copy_(self.prepared.scale(self.do_split()[0]))
+        self.print_to_log_file(f"Residuals are divided by {float(self.recoseg.scale):.3f} standard deviations.")
+        if super()._do_i_compile():
+            self.recoseg.segmenter.compile()
+
+    def _do_i_compile(self) -> bool:
+        # Only the segmentation is compiled (initialize): sampling has branches that depend on the data.
+        return False
+
+    @property
+    def recoseg(self) -> ReCoSegNetwork:
+        """The network without its distributed wrapper."""
+        return self.network.module if self.is_ddp else self.network
+
+    @property
+    def method(self) -> ReCoSeg:
+        """The method the network was built for."""
+        return self.recoseg.method  # type: ignore[return-value]
+
+    def set_deep_supervision_enabled(self, enabled: bool) -> None:
+        """Switch the segmentation between one output and one a decoder stage."""
+        segmenter: Any = self.recoseg.segmenter
+        segmenter.decoder.deep_supervision = enabled
+
+    def do_split(self) -> tuple[list[str], list[str]]:
+        """nnU-Net's split, less the training cases on which the thresholds are chosen (:attr:`calibration_cases`)."""
+        training, validation = super().do_split()
+        self.calibration_cases = held_out(training, self.config.decision.calibration)
+        return [case for case in training if case not in self.calibration_cases], validation
+
+    def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple:  # noqa: N802 (nnU-Net's name)
+        """As nnU-Net, but mirroring at inference is the network's own, so nnU-Net's is switched off."""
+        settings = super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        self.inference_allowed_mirroring_axes = None
+        return settings
+
+    def get_tr_and_val_datasets(self) -> tuple[PriorDataset, PriorDataset]:
+        """nnU-Net's datasets, carrying the stored syntheses."""
+        training, validation = super().get_tr_and_val_datasets()
+        return PriorDataset(training, self.prepared.store), PriorDataset(validation, self.prepared.store)
+
+    def get_training_transforms(
+        self,
+        *args: Any,  # noqa: ANN401 (nnU-Net's arguments)
+        **kwargs: Any,  # noqa: ANN401
+    ) -> BasicTransform:
+        """nnU-Net's augmentation; the additional channel moves with the image, its values stay."""
+        return self._with_extra(nnUNetTrainer.get_training_transforms(*args, **kwargs))
+
+    def get_validation_transforms(
+        self,
+        *args: Any,  # noqa: ANN401 (nnU-Net's arguments)
+        **kwargs: Any,  # noqa: ANN401
+    ) -> BasicTransform:
+        """nnU-Net's validation transforms, with the additional channel."""
+        return self._with_extra(nnUNetTrainer.get_validation_transforms(*args, **kwargs))
+
+    def _with_extra(self, transforms: BasicTransform) -> ExtraChannelTransform:
+        channel = self.prepared.channel
+        return ExtraChannelTransform(transforms, self.method.extra, channel.index, channel.maximum)
+
+    def on_train_end(self) -> None:
+        """Choose the thresholds, so that the final checkpoint holds them."""
+        self.calibrate()
+        super().on_train_end()
+
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        """nnU-Net's validation of the network that users get; a checkpoint without thresholds gets them first."""
+        if not bool(self.recoseg.calibrated):
+            self.calibrate()
+        super().perform_actual_validation(save_probabilities)
+
+    def calibrate(self) -> None:
+        """Choose the thresholds on the cases kept out of training, from their out-of-fold syntheses."""
+        self.do_split()
+        decision = self.config.decision
+        sweep = ThresholdSweep(self.method, decision.candidates)
+        predictor = self._predictor()
+        for case in self.calibration_cases:
+            stacked, target = self._whole_case(case)
+            logits = predictor.predict_sliding_window_return_logits(stacked).float().cpu()[None]
+            sweep.add(logits, *self.method.foreground.from_target(target[None]))
+        thresholds = sweep.best(decision.threshold)
+        self.recoseg.thresholds.copy_(thresholds)
+        self.recoseg.calibrated.fill_(True)
+        chosen = ", ".join(f"{tau:.2f}" for tau in thresholds.tolist())
+        self.print_to_log_file(f"Thresholds {chosen}, chosen on {len(self.calibration_cases)} case(s) not trained on.")
+
+    def _predictor(self) -> nnUNetPredictor:
+        """nnU-Net's sliding window as in its validation, for images with their stored channel."""
+        predictor = nnUNetPredictor(TILE_STEP_SIZE, use_mirroring=False, device=self.device, allow_tqdm=False)
+        self.set_deep_supervision_enabled(False)
+        network = StoredChannelNetwork(self.recoseg)
+        plans, configuration = self.plans_manager, self.configuration_manager
+        name = type(self).__name__
+        predictor.manual_initialization(network, plans, configuration, None, self.dataset_json, name, None)
+        return predictor
+
+    def _whole_case(self, case: str) -> tuple[Tensor, Tensor]:
+        """Image and additional channel (C + 1, D, H, W), and nnU-Net's target (1 or R, D, H, W), of a whole case."""
+        dataset = self.dataset_class(self.preprocessed_dataset_folder, [case])
+        data, segmentation, _, _ = PriorDataset(dataset, self.prepared.store).load_case(case)
+        manager = self.label_manager
+        regions = manager.foreground_regions if manager.has_regions else None
+        transforms = self.get_validation_transforms(None, regions=regions, ignore_label=manager.ignore_label)
+        image, labels = torch.from_numpy(data[:]), torch.from_numpy(np.asarray(segmentation[:], np.int16))
+        out = transforms(image=image, segmentation=labels)
+        return out["image"], out["segmentation"]

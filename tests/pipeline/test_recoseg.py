@@ -1,0 +1,111 @@
+"""ReCoSeg through nnU-Net's own commands: synthesis in two folds, segmentation on its residuals, prediction."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+from conftest import SMALL
+from workspace import CONFIGURATION, TINY, Workspace
+
+from nnunet_diffrefine.demo.phantom import write_dataset
+from nnunet_diffrefine.training.recoseg import held_out
+
+SYNTHESIS, RECOSEG = "ReCoSegSynthesisTrainer_tiny", "ReCoSegTrainer_tiny"
+pytestmark = pytest.mark.nnunet
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Workspace:
+    """Six cases in two folds; the segmentation is refused until both folds of the synthesis are there."""
+    workspace = Workspace(tmp_path_factory.mktemp("recoseg"), "Dataset503_ReCoSeg")
+    write_dataset(workspace.raw, 6, seed=3, settings=SMALL, test_cases=1)
+    workspace.plan([4, 8, 12], [24, 24, 24])
+    refused = workspace.run(*workspace.train(0, RECOSEG), fails=True)
+    assert "No out-of-fold synthesis" in refused
+    assert f"nnUNetv2_train {workspace.dataset} {CONFIGURATION} 1 -tr ReCoSegSynthesisTrainer -p {TINY}" in refused
+    workspace.run(*workspace.train(0, SYNTHESIS))
+    refused = workspace.run(*workspace.train(0, RECOSEG), fails=True)
+    assert re.search(r"Fold\(s\) 1 of ReCoSegSynthesisTrainer_tiny\S+ are not exported", refused)
+    assert not workspace.model(RECOSEG).exists()
+    workspace.run(*workspace.train(1, SYNTHESIS))
+    workspace.run(*workspace.train(0, RECOSEG))
+    return workspace
+
+
+def exported(run: Workspace) -> dict:
+    folder = run.preprocessed / "diffrefine_synthesis" / run.model(SYNTHESIS).name
+    return json.loads((folder / "manifest.json").read_text())
+
+
+def predict(run: Workspace, trainer: str, images, out: str, fails: bool = False) -> str:
+    where = ("-i", images, "-o", run.folder / out, "-d", run.number, "-c", CONFIGURATION, "-p", TINY)
+    return run.run(
+        "nnUNetv2_predict", *where, "-tr", trainer, "-f", "0", "-device", "cpu", "-npp", "0", "-nps", "0", fails=fails
+    )
+
+
+def test_every_synthesis_is_out_of_fold_and_its_range_is_stated(run):
+    manifest = exported(run)
+    splits = json.loads((run.preprocessed / "splits_final.json").read_text())
+    owner = {case: fold for fold, split in enumerate(splits) for case in split["val"]}
+    assert {case: record["fold"] for case, record in manifest["cases"].items()} == owner
+    assert (manifest["channel"]["name"], manifest["channel"]["index"]) == ("T1ce", 1)
+    assert manifest["channel"]["maximum"] == 8.0
+    for record in manifest["cases"].values():
+        assert record["shape"][0] == 2
+        assert record["quantiles"] == sorted(record["quantiles"])
+        assert 0 < record["quantiles"][-1] <= 8.0
+
+
+def test_scale_and_thresholds_are_kept_with_the_model_and_come_from_training_cases(run):
+    weights = torch.load(run.model(RECOSEG) / "fold_0" / "checkpoint_final.pth", weights_only=False)["network_weights"]
+    split = json.loads((run.preprocessed / "splits_final.json").read_text())[0]
+    assert bool(weights["calibrated"])
+    assert weights["thresholds"].shape == (3,)
+    kept_out = held_out(split["train"], 0.1)
+    assert len(kept_out) == 1
+    quantiles = [exported(run)["cases"][case]["quantiles"][199] for case in split["train"] if case not in kept_out]
+    assert float(weights["scale"]) == pytest.approx(np.median(quantiles))
+    (log,) = (run.model(RECOSEG) / "fold_0").glob("training_log_*.txt")
+    assert "chosen on 1 case(s) not trained on" in log.read_text()
+    synthesis = torch.load(run.model(SYNTHESIS) / "fold_0" / "checkpoint_final.pth", weights_only=False)
+    for name, value in synthesis["network_weights"].items():
+        assert torch.equal(weights[f"synthesis.{name}"], value)
+
+
+def test_prediction_needs_the_model_folder_alone_and_no_labels(run, tmp_path):
+    """A validation case gives what summary.json was computed from; labels, syntheses and their models are away."""
+    split = json.loads((run.preprocessed / "splits_final.json").read_text())[0]
+    case = split["val"][0]
+    for file in (run.raw / "imagesTr").glob(f"{case}_*.nii.gz"):
+        shutil.copy(file, tmp_path)
+    alone = Workspace(tmp_path / "alone", run.dataset)
+    for part in ("raw", "preprocessed"):
+        (alone.folder / f"nnUNet_{part}").mkdir(parents=True)
+    (alone.folder / "nnUNet_raw" / run.dataset).mkdir()
+    shutil.copytree(run.model(RECOSEG), alone.model(RECOSEG))
+    predict(alone, RECOSEG, tmp_path, "out")
+    files = (alone.folder / "out", run.model(RECOSEG) / "fold_0" / "validation")
+    predicted, validated = (sitk.GetArrayFromImage(sitk.ReadImage(str(f / f"{case}.nii.gz"))) for f in files)
+    np.testing.assert_array_equal(predicted, validated)
+
+
+def test_a_synthesis_refuses_to_segment(run):
+    output = predict(run, SYNTHESIS, run.raw / "imagesTs", "none", fails=True)
+    assert "Predict with -tr ReCoSegTrainer" in output
+
+
+def test_validating_and_exporting_again_read_the_checkpoint_and_draw_nothing(run):
+    folder = run.preprocessed / "diffrefine_synthesis" / run.model(SYNTHESIS).name
+    before = {file.name: file.stat().st_mtime_ns for file in folder.glob("*.b2nd")}
+    run.run(*run.train(0, SYNTHESIS, "--val"))
+    run.run("nnUNetv2_diffrefine", "export", "-d", run.number, "-c", CONFIGURATION, "-tr", SYNTHESIS, "-p", TINY,
+            "-device", "cpu")  # fmt: skip
+    assert before == {file.name: file.stat().st_mtime_ns for file in folder.glob("*.b2nd")}
+    assert len(before) == 6
