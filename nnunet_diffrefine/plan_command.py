@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from nnunet_diffrefine.config import ConfigError, RefineConfig
+from nnunet_diffrefine.settings_block import read_settings
 
 EPILOG = """example:
   nnUNetv2_diffrefine plan -d 4 -o nnUNetPlans_3steps --set sampling.steps=3 process.state=discrete
@@ -40,23 +44,37 @@ def run(args: argparse.Namespace) -> int:
     """Write or show the variant."""
     from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name  # slow; --help must not be
 
-    from nnunet_diffrefine.methods import DEFAULT_METHOD, METHODS
     from nnunet_diffrefine.plans import merge, shipped_settings, write_variant
 
     changes = parse_changes(args.set)
+    trainer, read = trainer_and_settings(args.method)
     if args.show:
-        config = RefineConfig.from_dict(merge(shipped_settings(args.method, changes), changes))
-        print(json.dumps(config.to_dict(), indent=2))
+        config = read(merge(shipped_settings(args.method, changes), changes))
+        print(json.dumps(asdict(config), indent=2))
         return 0
     if not args.o:
         raise ConfigError("-o is missing: name the new plans, e.g. -o nnUNetPlans_3steps (or use --show).")
     if not args.d:
         raise ConfigError("-d is missing: name the dataset, e.g. -d 4 (or use --show).")
-    target = write_variant(maybe_convert_to_dataset_name(args.d), args.p, args.o, args.c, args.method, changes)
-    trainer = "DiffRefineTrainer" if args.method == DEFAULT_METHOD else METHODS[args.method].trainer
+    target = write_variant(maybe_convert_to_dataset_name(args.d), args.p, args.o, args.c, args.method, changes, read)
     train = f"nnUNetv2_train {args.d} {args.c} FOLD -tr {trainer} -p {args.o}"
     print(f"Wrote {target}\nTrain with: {train}")
     return 0
+
+
+def trainer_and_settings(method: str) -> tuple[str, Callable[[Mapping[str, Any]], Any]]:
+    """Trainer of a method, for ``-tr``, and what reads its settings from a block."""
+    from nnunet_diffrefine.methods import DEFAULT_METHOD, METHODS
+    from nnunet_diffrefine.methods.recoseg import ReCoSeg, Synthesis
+    from nnunet_diffrefine.methods.recoseg_settings import RECOSEG, SYNTHESIS, ReCoSegConfig, SynthesisConfig
+
+    if method == RECOSEG:
+        return ReCoSeg.trainer, partial(read_settings, ReCoSegConfig)
+    if method == SYNTHESIS:
+        return Synthesis.trainer, partial(read_settings, SynthesisConfig)
+    if method == DEFAULT_METHOD or method not in METHODS:  # shipped_settings says which there are
+        return "DiffRefineTrainer", RefineConfig.from_dict
+    return METHODS[method].trainer, RefineConfig.from_dict
 
 
 def parse_changes(pairs: list[str]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -129,7 +129,13 @@ def with_block(plans: dict[str, Any], configuration: str, config: RefineConfig, 
 
 
 def write_variant(
-    dataset: str, source: str, name: str, configuration: str, method: str, changes: Mapping[str, Any]
+    dataset: str,
+    source: str,
+    name: str,
+    configuration: str,
+    method: str,
+    changes: Mapping[str, Any],
+    check: Callable[[Mapping[str, Any]], object] = RefineConfig.from_dict,
 ) -> Path:
     """Write ``nnUNet_preprocessed/DATASET/<name>.json``: the source plans plus a ``diffrefine`` block.
 
@@ -140,6 +146,7 @@ def write_variant(
         configuration: the 3D configuration to extend.
         method: whose preset the changes start from.
         changes: nested settings, as in :class:`RefineConfig`.
+        check: reads the block as the method's trainer will.
 
     Raises:
         FileNotFoundError: the source plans do not exist.
@@ -159,7 +166,7 @@ def write_variant(
     wanted = merge(before, changes)
     block = merge(shipped_settings(method, wanted), wanted)
     _require_method(block, method)
-    RefineConfig.from_dict(block)
+    check(block)
     plans["plans_name"] = name
     plans["configurations"][configuration][BLOCK] = block
     temporary = target.with_suffix(".json.tmp")

@@ -15,6 +15,7 @@ from nnunet_diffrefine.config import BLOCK, ConfigError, RefineConfig
 from nnunet_diffrefine.methods import METHODS
 from nnunet_diffrefine.paths import resource_folder
 from nnunet_diffrefine.plans import (
+    PAPER_LITERAL,
     Resolved,
     merge,
     preset,
@@ -252,6 +253,27 @@ class TestCommand:
     def test_names_the_trainer_of_the_method(self, folder: Path, capsys: pytest.CaptureFixture) -> None:
         plan_command.run(self.parse("-o", "masks", "-m", "mask_diffusion"))
         assert "-tr DiffRefineTrainer_MaskDiffusion -p masks" in capsys.readouterr().out
+
+    @pytest.mark.parametrize("method", SHIPPED)
+    @pytest.mark.parametrize("literal", [False, True])
+    def test_every_shipped_preset_can_be_shown(self, method: str, literal: bool, capsys) -> None:
+        arguments = ["--show", "-m", method, "--set", f"paper_literal={str(literal).lower()}"]
+        if literal and not (resource_folder("plans") / f"{method}.{PAPER_LITERAL}.json").is_file():
+            with pytest.raises(ConfigError, match="has no such form"):
+                plan_command.run(self.parse(*arguments))
+            return
+        assert plan_command.run(self.parse(*arguments)) == 0
+        shown = json.loads(capsys.readouterr().out)
+        assert (shown["method"], shown["paper_literal"]) == (method, literal)
+
+    @pytest.mark.parametrize(("method", "trainer"), [("recoseg", "ReCoSegTrainer"), ("bridge", "DiffRefineTrainer")])
+    def test_a_variant_of_recoseg_is_checked_as_recoseg(self, folder: Path, method: str, trainer: str, capsys) -> None:
+        change = "keep_target=false" if method == "recoseg" else "sampling.steps=2"
+        assert plan_command.run(self.parse("-o", "own", "-m", method, "--set", change)) == 0
+        assert f"-tr {trainer} -p own" in capsys.readouterr().out
+        with pytest.raises(ConfigError, match="Unknown diffrefine setting"):
+            plan_command.run(self.parse("-o", "bad", "-m", method, "--set", "keep=1"))
+        assert not (folder / "bad.json").exists()
 
     def test_show_writes_nothing(self, folder: Path, capsys: pytest.CaptureFixture) -> None:
         plan_command.run(self.parse("--show", "-m", "mask_diffusion", "--set", "sampling.steps=7"))
