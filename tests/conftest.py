@@ -24,8 +24,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Start with the long ones; all tests of a run go to the same worker."""
     for item in items:
-        for run in set(RUNS) & set(getattr(item, "fixturenames", ())):
-            item.add_marker(pytest.mark.xdist_group(run))
+        if item.get_closest_marker("nnunet"):
+            runs = set(RUNS) & set(getattr(item, "fixturenames", ()))
+            item.add_marker(pytest.mark.xdist_group(min(runs, default=item.path.stem)))
     items.sort(key=lambda item: item.get_closest_marker("nnunet") is None)
 
 

@@ -35,7 +35,7 @@ APART = {"evaluation": set(), "reports": {"evaluation"}}
 NNUNET_SEAMS = (
     "data/*.py",
     "doctor.py",
-    "inference/volume.py",
+    "inference/*.py",
     "networks/planned.py",
     "plan_command.py",
     "plans.py",

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -12,37 +9,37 @@ from typing import Any, ClassVar, cast
 import torch
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from torch import Tensor, nn
+from torch import nn
 
 from nnunet_diffrefine.batch import RefineBatch
 from nnunet_diffrefine.config import RefineConfig
 from nnunet_diffrefine.data import PriorDataset, PriorTransform
 from nnunet_diffrefine.errors.augmentation import augment_prior
 from nnunet_diffrefine.methods import DEFAULT_METHOD, AbstractRefineMethod
+from nnunet_diffrefine.networks.denoiser import TimeConditionedUNet
 from nnunet_diffrefine.networks.refinement import RefinementNetwork
 from nnunet_diffrefine.training.build import build_network
 from nnunet_diffrefine.training.curves import RefinementCurves
-from nnunet_diffrefine.training.optimisation import WarmupCosine, ema_model, mixed_precision, swapped_weights
+from nnunet_diffrefine.training.optimisation import WarmupCosine, ema_model, mixed_precision
 from nnunet_diffrefine.training.prepare import prepare
-from nnunet_diffrefine.training.trainer_calibration import calibrate, held_out
+from nnunet_diffrefine.training.trainer_averaged import AveragedTrainer
+from nnunet_diffrefine.training.trainer_calibration import calibrate, hand_to_best_checkpoint, held_out
 from nnunet_diffrefine.training.trainer_hits import hits, pooled_dice
 
 STAGE_ONE = "stage_one_"
 
 
-class DiffRefineTrainer(nnUNetTrainer):
+class DiffRefineTrainer(AveragedTrainer):
     """Train a refiner on stage one's out-of-fold predictions, on any 3D configuration nnU-Net planned.
 
-    Overridden hooks, everything else is nnU-Net's: ``__init__`` (checks first), ``build_network_architecture``,
-    ``initialize`` (stage one's weights, EMA), ``configure_optimizers``, mirroring axes (mirroring happens inside the
-    network), datasets and transforms (the prior travels along), ``train_step``, ``validation_step`` and the epoch
-    hooks around them, ``set_deep_supervision_enabled``, checkpoints (EMA weights for inference, raw ones to resume),
-    ``perform_actual_validation`` (with EMA weights).
+    Overridden hooks beside those of :class:`AveragedTrainer`, everything else is nnU-Net's: ``__init__`` (checks),
+    ``build_network_architecture``, ``initialize`` (stage one's weights), ``configure_optimizers``, ``do_split`` (cases
+    kept out for the thresholds), datasets and transforms (the prior travels along), ``train_step``,
+    ``validation_step`` and the epoch hooks around them, ``set_deep_supervision_enabled``, ``on_train_end``
+    (thresholds), ``perform_actual_validation`` (with the averaged weights).
     """
 
     method: ClassVar[str] = DEFAULT_METHOD
-    length: ClassVar[dict[str, int]] = {}
-    """nnU-Net's attributes that a shorter variant changes, such as ``num_epochs``."""
 
     def __init__(
         self,
@@ -54,18 +51,14 @@ class DiffRefineTrainer(nnUNetTrainer):
     ) -> None:
         prepared = prepare(type(self).__name__, self.method, plans, configuration, fold, dataset_json)
         super().__init__(prepared.plans, configuration, fold, dataset_json, device)
-        self.config: RefineConfig = prepared.config
+        self.config: RefineConfig
+        self.take_settings(prepared.config)
         self.foreground = prepared.resolved.channels()
         self.store = prepared.store
         self.stage_one_checkpoint = prepared.checkpoint
-        for name, value in self.length.items():
-            setattr(self, name, value)
-        self.initial_lr = self.config.training.learning_rate
-        self.weight_decay = self.config.training.weight_decay
         self.enable_deep_supervision = self.config.training.deep_supervision
         self.curves = RefinementCurves()
         self.step_in_epoch = 0
-        self.generator = torch.Generator(device=self.device)
 
     @staticmethod
     def build_network_architecture(
@@ -92,21 +85,20 @@ class DiffRefineTrainer(nnUNetTrainer):
         if self.config.training.initial_weights == "stage_one":
             copied = network.denoiser.start_from(weights)
             self.print_to_log_file(f"The denoiser starts from {copied} tensors of stage one.")
-        self.ema = ema_model(network.denoiser, self.config.training.ema_decay)
+            self.ema = ema_model(network.denoiser, self.config.training.ema_decay)
         wanted, self.enable_deep_supervision = self.enable_deep_supervision, False
         self.validation_loss = self._build_loss()
         self.enable_deep_supervision = wanted
-        if super()._do_i_compile():
-            network.denoiser.compile()
-
-    def _do_i_compile(self) -> bool:
-        # Only the denoiser is compiled (initialize): sampling has branches that depend on the data.
-        return False
 
     @property
     def refinement(self) -> RefinementNetwork:
         """The network without its distributed wrapper."""
         return self.network.module if self.is_ddp else self.network
+
+    @property
+    def denoiser(self) -> TimeConditionedUNet:
+        """The part of the network that is trained."""
+        return self.refinement.denoiser
 
     @property
     def refine_method(self) -> AbstractRefineMethod:
@@ -118,12 +110,6 @@ class DiffRefineTrainer(nnUNetTrainer):
         parameters = self.network.denoiser.parameters()
         optimizer = torch.optim.AdamW(parameters, self.initial_lr, weight_decay=self.weight_decay)
         return optimizer, WarmupCosine(optimizer, self.initial_lr, self.num_epochs, self.config.training.warmup)
-
-    def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple:  # noqa: N802 (nnU-Net's name)
-        """As nnU-Net, but mirroring at inference is the network's own, so nnU-Net's is switched off."""
-        settings = super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
-        self.inference_allowed_mirroring_axes = None
-        return settings
 
     def do_split(self) -> tuple[list[str], list[str]]:
         """nnU-Net's split, less the training cases that thresholds are calibrated on."""
@@ -165,10 +151,9 @@ class DiffRefineTrainer(nnUNetTrainer):
         return replace(batch, prior=augment_prior(batch.prior, self.foreground, self.generator, **shares))
 
     def on_train_epoch_start(self) -> None:
-        """Start an epoch with draws that depend on fold, epoch and rank alone."""
+        """Start an epoch."""
         super().on_train_epoch_start()
         self.step_in_epoch = 0
-        self.generator.manual_seed(1_000_003 * (self.fold + 1) + 1_009 * self.current_epoch + self.local_rank)
 
     def train_step(self, batch: dict) -> dict:
         """One optimiser step on the method's loss."""
@@ -178,34 +163,12 @@ class DiffRefineTrainer(nnUNetTrainer):
         refine_batch = self.with_augmented_prior(self.refine_batch(batch))
         with mixed_precision(self.device):
             loss = self.refine_method.loss(self.network, refine_batch, self.loss, self.generator)
-        self._optimise(loss)
-        self.ema.update_parameters(self.refinement.denoiser)
+        self.optimise(loss)
         return {"loss": loss.detach().cpu().numpy()}
-
-    def _optimise(self, loss: Tensor) -> None:
-        parameters, limit = self.refinement.denoiser.parameters(), self.config.training.gradient_clip
-        if self.grad_scaler is None:
-            loss.backward()
-            nn.utils.clip_grad_norm_(parameters, limit)
-            self.optimizer.step()
-            return
-        self.grad_scaler.scale(loss).backward()
-        self.grad_scaler.unscale_(self.optimizer)
-        nn.utils.clip_grad_norm_(parameters, limit)
-        self.grad_scaler.step(self.optimizer)
-        self.grad_scaler.update()
-
-    @contextmanager
-    def averaged_weights(self) -> Iterator[None]:
-        """Use the averaged (EMA) weights inside the block."""
-        with swapped_weights(self.refinement.denoiser, self.ema):
-            yield
 
     def on_validation_epoch_start(self) -> None:
         """Validate what inference will use: the averaged weights, without deep supervision."""
         super().on_validation_epoch_start()
-        self._swap = self.averaged_weights()
-        self._swap.__enter__()
         self.set_deep_supervision_enabled(False)
 
     def validation_step(self, batch: dict) -> dict:
@@ -222,7 +185,6 @@ class DiffRefineTrainer(nnUNetTrainer):
     def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
         """nnU-Net's pseudo Dice of the refined patches, and ours beside it: stage one, refined, change."""
         self.set_deep_supervision_enabled(self.enable_deep_supervision)
-        self._swap.__exit__(None, None, None)
         super().on_validation_epoch_end(val_outputs)
         before = pooled_dice(val_outputs, STAGE_ONE, self.is_ddp)
         after = float(self.logger.get_value("mean_fg_dice", step=-1))
@@ -238,49 +200,22 @@ class DiffRefineTrainer(nnUNetTrainer):
             self.curves.save(Path(self.output_folder))
 
     def on_train_end(self) -> None:
-        """Calibrate, then nnU-Net's end of the training; the thresholds are part of the final checkpoint."""
+        """Calibrate, then nnU-Net's end of the training; final and best checkpoint hold the thresholds."""
         if self.refine_method.flips and self.calibration_cases:
             with self.averaged_weights():
                 self.set_deep_supervision_enabled(False)
                 calibrate(self, self.calibration_cases)
                 self.set_deep_supervision_enabled(self.enable_deep_supervision)
+            hand_to_best_checkpoint(self)
         super().on_train_end()
 
-    def save_checkpoint(self, filename: str) -> None:
-        """Write nnU-Net's checkpoint with the averaged weights, plus what resuming needs, atomically."""
-        if self.local_rank != 0 or self.disable_checkpointing:
-            super().save_checkpoint(filename)
-            return
-        temporary = f"{filename}.tmp"
-        with self.averaged_weights():
-            super().save_checkpoint(temporary)
-        checkpoint = torch.load(temporary, map_location="cpu", weights_only=False)
-        checkpoint["diffrefine"] = {
-            "denoiser": self.refinement.denoiser.state_dict(),
-            "ema": self.ema.state_dict(),
-            "curves": self.curves.columns,
-        }
-        torch.save(checkpoint, temporary)
-        os.replace(temporary, filename)
+    def extra_state(self) -> dict[str, Any]:
+        """The curves."""
+        return {"curves": self.curves.columns}
 
-    def load_checkpoint(self, filename_or_checkpoint: str) -> None:
-        """Restore nnU-Net's state, then the raw and averaged weights and the curves.
-
-        Raises:
-            RuntimeError: the file cannot be read, or no trainer of this package wrote it.
-        """
-        try:
-            checkpoint = torch.load(filename_or_checkpoint, map_location=self.device, weights_only=False)
-            extra = checkpoint["diffrefine"]
-        except (RuntimeError, EOFError, KeyError, OSError) as error:
-            raise RuntimeError(
-                f"{filename_or_checkpoint} is not a complete checkpoint of {type(self).__name__} ({error}). "
-                "Delete it; --c then continues from the next older one (latest, best), or starts anew."
-            ) from error
-        super().load_checkpoint(filename_or_checkpoint)
-        self.refinement.denoiser.load_state_dict(extra["denoiser"])
-        self.ema.load_state_dict(extra["ema"])
-        self.curves = RefinementCurves(*(list(column) for column in extra["curves"]))
+    def restore_extra_state(self, state: dict[str, Any]) -> None:
+        """The curves."""
+        self.curves = RefinementCurves(*(list(column) for column in state["curves"]))
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """nnU-Net's validation of the network that users get: averaged weights, stage one inside."""

@@ -7,7 +7,9 @@ and one fold alone can be trained, calibrated and used.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -71,6 +73,18 @@ def calibrate(trainer: DiffRefineTrainer, cases: Sequence[str]) -> None:
             f"Threshold of '{name}' from {len(cases)} held-out cases: {CANDIDATES[k]:g}; "
             f"their Dice: stage one {row[-1]:.4f}, refined {row[k]:.4f}"
         )
+
+
+def hand_to_best_checkpoint(trainer: DiffRefineTrainer) -> None:
+    """Write the final thresholds into the best checkpoint too, atomically: it was saved before there were any."""
+    file = Path(trainer.output_folder) / "checkpoint_best.pth"
+    if trainer.local_rank != 0 or trainer.disable_checkpointing or not file.is_file():
+        return
+    checkpoint = torch.load(file, map_location="cpu", weights_only=False)
+    checkpoint["network_weights"]["thresholds"] = trainer.refinement.thresholds.cpu()
+    temporary = file.with_suffix(".pth.tmp")
+    torch.save(checkpoint, temporary)
+    os.replace(temporary, file)
 
 
 def references(segmentation: np.ndarray, labels: LabelManager) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ import time
 import pytest
 import SimpleITK as sitk
 import torch
+from test_methods import trained
 from workspace import Workspace
 
 STAGE_ONE, REFINER = "nnUNetTrainer_tiny", "DiffRefineTrainer_tiny"
@@ -51,6 +52,17 @@ def test_trains_with_empty_small_and_large_cases(exported):
             reference = sitk.ReadImage(str(exported.raw / "labelsTr" / f"phantom_{case}.nii.gz"))
             assert predicted.GetSize() == reference.GetSize()
             assert predicted.GetSpacing() == reference.GetSpacing()
+
+
+def test_methods_of_every_kind_train_and_predict(exported):
+    """Absolute and three-way errors that calibrate, flips of a noised mask, fused steps; the residual encoder."""
+    kinds = ["discrepancy_unet", "dmcie", "berdiff", "diff_unet"]
+    images = sorted((exported.raw / "imagesTr").glob("phantom_000_*.nii.gz"))
+    seen = trained(exported, images, kinds)
+    for kind in kinds:
+        assert seen[kind]["finite"]
+        assert set(seen[kind]["labels"]) <= {0, 1, 2, 3}
+        assert seen[kind]["held_out"] == int(kind in ("discrepancy_unet", "dmcie"))
 
 
 def test_changed_splits_are_refused_before_anything_is_written(exported):

@@ -3,6 +3,7 @@
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
+from nnunet_diffrefine.methods import METHODS
 from nnunet_diffrefine.stage_one.trainer import DiffRefineStageOneTrainer
 from nnunet_diffrefine.training.trainer import DiffRefineTrainer
 from nnunet_diffrefine.training.trainer_recoseg import ReCoSegTrainer
@@ -27,6 +28,11 @@ class DiffRefineStageOneTrainer_tiny(DiffRefineStageOneTrainer):
 
 class DiffRefineTrainer_tiny(DiffRefineTrainer):
     length = {"num_epochs": 1, "num_iterations_per_epoch": 2, "num_val_iterations_per_epoch": 1}
+
+
+for _method in METHODS.values():  # DiffRefineTrainer_DMCIE_tiny and so on
+    _content = {"__module__": __name__, "method": _method.name}
+    globals()[f"{_method.trainer}_tiny"] = type(f"{_method.trainer}_tiny", (DiffRefineTrainer_tiny,), _content)
 
 
 class DiffRefineTrainer_tiny_long(DiffRefineTrainer):

@@ -1,0 +1,136 @@
+"""What all trainers of a denoiser share: averaged weights, checkpoints that hold both sets, seeded draws, clipping."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from torch import Tensor, nn
+
+from nnunet_diffrefine.training.optimisation import ema_model, swapped_weights
+
+EXTRA = "diffrefine"
+
+
+class AveragedTrainer(nnUNetTrainer):
+    """nnU-Net's trainer around a denoiser whose exponential moving average (EMA) is used for inference.
+
+    Checkpoints hold the averaged weights as ``network_weights``, because that is what nnU-Net loads for inference, and
+    the raw ones under ``diffrefine``, because that is what ``--c`` continues from.
+    """
+
+    length: ClassVar[dict[str, int]] = {}
+    """nnU-Net's attributes that a shorter variant changes, such as ``num_epochs``."""
+    config: Any
+    generator: torch.Generator
+
+    def take_settings(self, config: Any) -> None:  # noqa: ANN401 (a settings dataclass)
+        """Keep the settings and pass on to nnU-Net what it has its own attributes for; to be called by constructors."""
+        self.config = config
+        for name, value in self.length.items():
+            setattr(self, name, value)
+        self.initial_lr = config.training.learning_rate
+        self.weight_decay = config.training.weight_decay
+        self.generator = torch.Generator(device=self.device)
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The part of the network that is trained."""
+        raise NotImplementedError
+
+    def initialize(self) -> None:
+        """nnU-Net's set-up, the averaged denoiser and, where nnU-Net compiles, its compilation."""
+        super().initialize()
+        self.ema = ema_model(self.denoiser, self.config.training.ema_decay)
+        if super()._do_i_compile():
+            self.denoiser.compile()
+
+    def _do_i_compile(self) -> bool:
+        # Only the denoiser is compiled (initialize): sampling has branches that depend on the data.
+        return False
+
+    def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple:  # noqa: N802 (nnU-Net's name)
+        """As nnU-Net, but mirroring at inference is the network's own business, so nnU-Net's is switched off."""
+        settings = super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        self.inference_allowed_mirroring_axes = None
+        return settings
+
+    def on_train_epoch_start(self) -> None:
+        """Start an epoch with draws that depend on fold, epoch and rank alone."""
+        super().on_train_epoch_start()
+        self.generator.manual_seed(1_000_003 * (self.fold + 1) + 1_009 * self.current_epoch + self.local_rank)
+
+    def optimise(self, loss: Tensor) -> None:
+        """One clipped step of the optimiser, and of the average."""
+        scaler = self.grad_scaler
+        (loss if scaler is None else scaler.scale(loss)).backward()
+        if scaler is not None:
+            scaler.unscale_(self.optimizer)
+        nn.utils.clip_grad_norm_(self.denoiser.parameters(), self.config.training.gradient_clip)
+        if scaler is None:
+            self.optimizer.step()
+        else:
+            scaler.step(self.optimizer)
+            scaler.update()
+        self.ema.update_parameters(self.denoiser)
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Use the averaged weights inside the block."""
+        with swapped_weights(self.denoiser, self.ema):
+            yield
+
+    def on_validation_epoch_start(self) -> None:
+        """Validate what inference will use: the averaged weights."""
+        super().on_validation_epoch_start()
+        self._swap = self.averaged_weights()
+        self._swap.__enter__()
+
+    def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
+        """Back to the raw weights."""
+        self._swap.__exit__(None, None, None)
+        super().on_validation_epoch_end(val_outputs)
+
+    def extra_state(self) -> dict[str, Any]:
+        """What else a checkpoint has to hold for ``--c``."""
+        return {}
+
+    def restore_extra_state(self, state: dict[str, Any]) -> None:
+        """Take :meth:`extra_state` back."""
+
+    def save_checkpoint(self, filename: str) -> None:
+        """Write nnU-Net's checkpoint with the averaged weights, plus what resuming needs, atomically."""
+        if self.local_rank != 0 or self.disable_checkpointing:
+            super().save_checkpoint(filename)
+            return
+        temporary = f"{filename}.tmp"
+        with self.averaged_weights():
+            super().save_checkpoint(temporary)
+        checkpoint = torch.load(temporary, map_location="cpu", weights_only=False)
+        both = {"denoiser": self.denoiser.state_dict(), "ema": self.ema.state_dict()}
+        checkpoint[EXTRA] = {**both, **self.extra_state()}
+        torch.save(checkpoint, temporary)
+        os.replace(temporary, filename)
+
+    def load_checkpoint(self, filename_or_checkpoint: str) -> None:
+        """Restore nnU-Net's state, then the raw and averaged weights and the rest.
+
+        Raises:
+            RuntimeError: the file cannot be read, or no trainer of this package wrote it.
+        """
+        try:
+            checkpoint = torch.load(filename_or_checkpoint, map_location=self.device, weights_only=False)
+            extra = checkpoint[EXTRA]
+        except (RuntimeError, EOFError, KeyError, OSError) as error:
+            raise RuntimeError(
+                f"{filename_or_checkpoint} is not a complete checkpoint of {type(self).__name__} ({error}). "
+                "Delete it; --c then continues from the next older one (latest, best), or starts anew."
+            ) from error
+        super().load_checkpoint(filename_or_checkpoint)
+        self.denoiser.load_state_dict(extra["denoiser"])
+        self.ema.load_state_dict(extra["ema"])
+        self.restore_extra_state(extra)
