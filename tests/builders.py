@@ -75,7 +75,7 @@ def nnunet_loss(foreground: Foreground) -> nn.Module:
 
 def method_of(foreground: Foreground, name: str = "bridge", **settings: dict[str, Any]) -> AbstractRefineMethod:
     """Build a method from nested settings, e.g. ``process={"timesteps": 4}``; noise is predicted without recycling."""
-    if settings.get("process", {}).get("prediction", "x0") != "x0":
+    if settings.get("process", {}).get("prediction", "x0") in ("epsilon", "v"):
         settings["training"] = {**settings.get("training", {}), "recycling": 0.0}
     config = RefineConfig.from_dict({"method": name, **settings})
     return METHODS[name](config, foreground)
