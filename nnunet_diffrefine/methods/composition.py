@@ -7,6 +7,7 @@ what its paper does differently. No method inherits from another.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 import torch
@@ -19,6 +20,19 @@ from nnunet_diffrefine.diffusion.parametrisation import epsilon_from
 from nnunet_diffrefine.errors.targets import TARGETS, Output, SegmentationLoss, masked_mean
 from nnunet_diffrefine.methods.base import AbstractRefineMethod, Denoiser, draw_times, finest, recycle
 from nnunet_diffrefine.methods.conditioning import Condition
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one sampling run leaves behind.
+
+    Attributes:
+        estimates: predicted x_0 (B, R, *S) in the range of the target, of the last step or, fused, of every step.
+        output: the denoiser's last output (B, ., *S).
+    """
+
+    estimates: list[Tensor]
+    output: Tensor
 
 
 class ComposedMethod(AbstractRefineMethod):
@@ -137,28 +151,40 @@ class ComposedMethod(AbstractRefineMethod):
 
     def evidence(self, denoiser: Denoiser, image: Tensor, prior: Tensor, generator: torch.Generator) -> Tensor:
         """Evidence of the mean prediction over the seeds; a single prediction's own logits where there is one."""
+        return self.evidence_of(self.runs(denoiser, image, prior, generator), prior)
+
+    def runs(self, denoiser: Denoiser, image: Tensor, prior: Tensor, generator: torch.Generator) -> list[Run]:
+        """One sampling run a seed, of image (B, C, *S) and prior (B, R, *S); a single pass without a process."""
         condition = self.condition(image, prior)
         network = known_condition(denoiser, condition)
         if self.process is None:
             zeros = torch.zeros(len(condition), dtype=torch.long, device=condition.device)
-            return self.target.evidence_of(finest(network(condition, zeros)), prior)
+            return [Run([], finest(network(condition, zeros)))]
+        return [self._run(network, condition, prior, generator) for _ in range(self.seeds)]
+
+    def _run(
+        self, network: Callable[[Tensor, Tensor], Output], condition: Tensor, prior: Tensor, generator: torch.Generator
+    ) -> Run:
         anchor = self.to_state(self.target.anchor(prior))
         outputs: list[Tensor] = []  # of the last step
-        estimates: list[list[Tensor]] = []  # of every seed and kept step
+        estimates: list[Tensor] = []  # of every kept step
 
         def predict_x0(x_t: Tensor, t: Tensor) -> Tensor:
             output = finest(network(torch.cat((condition, x_t), 1), t))
             x0 = self.predicted(output, x_t, t)
             outputs[:] = [output]
-            estimates[-1][:] = [*(estimates[-1] if self.fuses_steps else []), self.from_state(x0)]
+            estimates[:] = [*(estimates if self.fuses_steps else []), self.from_state(x0)]
             return x0
 
-        for _ in range(self.seeds):
-            estimates.append([])
-            sample(self.process, predict_x0, anchor, self.config.sampling.steps, generator)
-        if self.seeds == 1 and self.prediction == "x0" and not self.fuses_steps:
-            return self.target.evidence_of(outputs[0], prior)
-        return self.target.evidence(self.fused(estimates), prior)
+        sample(cast(Process, self.process), predict_x0, anchor, self.config.sampling.steps, generator)
+        return Run(estimates, outputs[0])
+
+    def evidence_of(self, runs: list[Run], prior: Tensor) -> Tensor:
+        """Evidence (B, H or R, *S) of one run or of several, as :meth:`evidence` gives it of all."""
+        single = len(runs) == 1 and self.prediction == "x0" and not self.fuses_steps
+        if single or self.process is None:
+            return self.target.evidence_of(runs[0].output, prior)
+        return self.target.evidence(self.fused([run.estimates for run in runs]), prior)
 
     def fused(self, estimates: list[list[Tensor]]) -> Tensor:
         """One estimate (B, R, *S) of those of every seed and kept step: the mean over the seeds of the last step's."""

@@ -1,0 +1,175 @@
+"""Refine predictions that exist already: checks, then one case after the other through the network."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from nnunet_diffrefine.inference.background import Background
+from nnunet_diffrefine.inference.case_work import CaseResult, CaseWork, Finished, Prepared, finish, prepare
+from nnunet_diffrefine.inference.checks import (
+    RECORD,
+    check_content,
+    check_dataset,
+    check_headers,
+    check_maps,
+    check_record,
+    check_request,
+    check_spread,
+)
+from nnunet_diffrefine.inference.files import CaseFiles, OutputFolder, find_cases
+from nnunet_diffrefine.inference.geometry import Geometry
+from nnunet_diffrefine.inference.model import Model, load_model
+from nnunet_diffrefine.inference.refine import RefineOptions, refine_volume
+from nnunet_diffrefine.inference.region import RegionSettings
+from nnunet_diffrefine.inference.request import Request
+from nnunet_diffrefine.inference.windows import all_windows
+
+
+def apply(request: Request) -> list[CaseResult]:
+    """Refine the cases of a request.
+
+    Returns:
+        One result a case that was worked on, in order.
+
+    Raises:
+        ValueError: bad input; nothing was refined.
+        RuntimeError: the model cannot be used, memory ran out, or a background process died.
+        OSError: a result could not be written; those before it are complete.
+    """
+    check_request(request)
+    device = torch.device(request.device)
+    model = load_model(request.dataset, request.refiner, request.folds, request.checkpoint, request.sampling, device)
+    work = case_work(request, model)
+    check_spread(request, model)
+    check_maps(work)
+    cases = _cases(request, model, work)
+    record = settings_record(request, model, work)
+    check_record(request, record)
+    work.output.begin()
+    try:
+        results = list(_run(request, model, work, cases, record))
+    finally:
+        work.output.end()
+    print(summary(results, request.output))
+    return results
+
+
+def _cases(request: Request, model: Model, work: CaseWork) -> list[CaseFiles]:
+    """The cases of this part that are not done yet; their headers agree."""
+    names = model.dataset_json.get("channel_names") or model.dataset_json["modality"]
+    cases = find_cases(request.images, request.predictions, model.dataset_json["file_ending"], len(names))
+    check_dataset(request.predictions, model.dataset_json)
+    cases = cases[request.part_id :: request.num_parts]
+    if request.continue_prediction:
+        cases = [case for case in cases if not work.is_done(case.name)]
+    for case in tqdm(cases, desc="check headers", unit="case", disable=not request.progress, leave=False):
+        check_headers(case)
+    return cases
+
+
+def _run(
+    request: Request, model: Model, work: CaseWork, todo: list[CaseFiles], record: dict[str, Any]
+) -> Iterator[CaseResult]:
+    before, after = Background(request.npp, "-npp"), Background(request.nps, "-nps")
+    quiet = not request.progress or not todo
+    try:
+        checked = before.ahead(check_content, ((case, work.geometry) for case in todo))
+        for _ in tqdm(checked, total=len(todo), desc="check contents", unit="case", disable=quiet, leave=False):
+            pass
+        for name, values in ((RECORD, record), ("plans.json", model.plans), ("dataset.json", model.dataset_json)):
+            work.output.write_json(name, values)
+        with tqdm(total=len(todo), desc="apply", unit="case", disable=quiet) as bar:
+            waiting: list[CaseResult] = []
+            for prepared in before.ahead(prepare, ((work, case) for case in todo)):
+                finished, result = refine_case(request, model, prepared, bar)
+                waiting.append(result)
+                for changed in after.behind(finish, work, finished):
+                    yield replace(waiting.pop(0), changed=changed)
+                bar.update()
+            for changed in after.rest():
+                yield replace(waiting.pop(0), changed=changed)
+    finally:
+        before.close()
+        after.close()
+
+
+def refine_case(request: Request, model: Model, prepared: Prepared, bar: tqdm) -> tuple[Finished, CaseResult]:
+    """Send a case through the network.
+
+    Raises:
+        RuntimeError: the device is out of memory.
+    """
+    name, passes = prepared.case.name, [0]
+
+    def passed() -> None:
+        passes[0] += 1
+        bar.set_postfix_str(f"{name}, pass {passes[0]}", refresh=False)
+        bar.update(0)
+
+    image, prior, region = (torch.from_numpy(x) for x in (prepared.image, prepared.prior, prepared.region))
+    options = RefineOptions(
+        torch.device(request.device), request.on_device, request.save_error_map, request.save_uncertainty
+    )
+    try:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):  # same seed, same bytes
+            refined = refine_volume(model.folds(), image, prior, region, model.patch, options, passed)
+    except torch.cuda.OutOfMemoryError as error:
+        raise RuntimeError(
+            f"Case {name} does not fit into the device's memory. Add --not_on_device. {error}"
+        ) from error
+    found = {"uncertainty": refined.spread, "error_map": refined.error}
+    maps = {kind: values.numpy() for kind, values in found.items() if values is not None}
+    logits = refined.logits.numpy() if refined.changed.any() else None
+    shape = [max(n, p) for n, p in zip(prior.shape[1:], model.patch, strict=True)]
+    share = float(region.float().mean())
+    result = CaseResult(name, refined.windows, len(all_windows(shape, model.patch)), share, 0.0)
+    return Finished(prepared.case, prepared.properties, prepared.prior, logits, maps), result
+
+
+def case_work(request: Request, model: Model) -> CaseWork:
+    """What background processes have to know."""
+    everywhere = model.network.sampling.min_foreground == 0  # of methods that do not look at the prior
+    region = RegionSettings(**{"everywhere": everywhere, **(request.region or {})})
+    part = f"_{request.part_id}" if request.num_parts > 1 else ""
+    return CaseWork(
+        Geometry(model.plans, model.configuration, model.dataset_json),
+        model.network.foreground,
+        region,
+        request.soften,
+        OutputFolder(request.output, part),
+        request.save_probabilities,
+        request.maps,
+    )
+
+
+def settings_record(request: Request, model: Model, work: CaseWork) -> dict[str, Any]:
+    """All that results depend on, and that one folder has to share."""
+    sampling = model.network.sampling
+    return {
+        "model": str(model.folder),
+        "folds": list(request.folds),
+        "checkpoint": request.checkpoint,
+        "sampling": asdict(sampling),
+        "region": asdict(work.region),
+        "soften": request.soften,
+        "device": request.device,
+        "on_device": request.on_device,
+        "predictions": os.path.abspath(request.predictions),
+    }
+
+
+def summary(results: Sequence[CaseResult], output: Path) -> str:
+    """One line about all cases."""
+    if not results:
+        return f"Nothing to do: every case is complete in {output}."
+    visited, everything = sum(r.windows for r in results), sum(r.all_windows for r in results)
+    changed = sum(r.changed for r in results) / len(results)
+    return (f"{len(results)} case(s) refined in {output}: {visited} of {everything} windows visited, "
+            f"{100 * changed:.3f} % of the voxels changed in the mean case.")  # fmt: skip
