@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from nnunet_diffrefine import __version__, doctor, environment, plan_command
 from nnunet_diffrefine.demo import command as demo_command
 from nnunet_diffrefine.evaluation import command as evaluate_command
+from nnunet_diffrefine.inference import command as apply_command
 from nnunet_diffrefine.reports import command as compare_command
+from nnunet_diffrefine.reports import report_command
 from nnunet_diffrefine.stage_one import command as export_command
 
 DESCRIPTION = """Refine nnU-Net segmentations with a diffusion model trained on out-of-fold predictions.
@@ -29,7 +31,17 @@ def parser() -> argparse.ArgumentParser:
     )
     root.add_argument("--version", action="version", version=f"nnunet-diffrefine {__version__}")
     subparsers = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (demo_command, environment, doctor, plan_command, export_command, evaluate_command, compare_command):
+    for command in (
+        demo_command,
+        environment,
+        doctor,
+        plan_command,
+        export_command,
+        apply_command,
+        evaluate_command,
+        compare_command,
+        report_command,
+    ):
         command.register(subparsers)
     return root
 

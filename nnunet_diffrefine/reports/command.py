@@ -53,14 +53,18 @@ def run(args: argparse.Namespace) -> None:
     """Compare what the arguments name."""
     from nnunet_diffrefine.reports.compare import compare_files
 
-    files = _named(args.systems)
+    files = named_files(args.systems)
     compare_files(files, args.o, args.baseline, args.splits, args.metrics, args.seed, args.losses)
     print((args.o / "comparison.md").read_text(encoding="utf-8"))
     print(", ".join(str(args.o / f"comparison.{ending}") for ending in ("md", "json", "tex")))
 
 
-def _named(systems: list[str]) -> dict[str, Path]:
-    """``NAME=FILE`` by name."""
+def named_files(systems: list[str]) -> dict[str, Path]:
+    """``NAME=FILE`` by name.
+
+    Raises:
+        ValueError: not of that form, or a name given twice.
+    """
     files: dict[str, Path] = {}
     for text in systems:
         name, separator, file = text.partition("=")

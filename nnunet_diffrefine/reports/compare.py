@@ -76,19 +76,23 @@ def compare_files(
     tables = {name: read_metrics(name, file) for name, file in files.items()}
     for table in tables.values():
         refuse_unpaired(tables[reference], table)
-    chosen = _chosen(tables[reference], metrics)
+    chosen = chosen_metrics(tables[reference], metrics)
     folds = None if splits is None else read_folds(splits, tables[reference].cases)
     folder = writable_folder(output_folder)
     rows = []
     for table in tables.values():
         if table.name != reference:
-            rows += _rows(tables[reference], table, chosen, folds, seed, n_losses)
+            rows += compare_tables(tables[reference], table, chosen, folds, seed, n_losses)
     _write(folder, rows, tables[reference], files, seed)
     return rows
 
 
-def _chosen(table: MetricsTable, names: Sequence[str] | None) -> list[tuple[str, str]]:
-    """Labels and metrics to compare, in the order of the table."""
+def chosen_metrics(table: MetricsTable, names: Sequence[str] | None) -> list[tuple[str, str]]:
+    """Labels and metrics to compare, in the order of the table.
+
+    Raises:
+        ValueError: a metric that the table lacks, or that is neither good nor bad.
+    """
     present = list(dict.fromkeys(metric for _, metric in table.values))
     if unknown := [name for name in names or () if name not in present]:
         raise ValueError(f"--metrics has {', '.join(unknown)}; the tables have {', '.join(present)}.")
@@ -99,7 +103,7 @@ def _chosen(table: MetricsTable, names: Sequence[str] | None) -> list[tuple[str,
     return [key for key in table.values if key[1] in wanted]
 
 
-def _rows(
+def compare_tables(
     baseline: MetricsTable,
     system: MetricsTable,
     chosen: Sequence[tuple[str, str]],
@@ -107,6 +111,7 @@ def _rows(
     seed: int,
     n_losses: int,
 ) -> list[Row]:
+    """The system against the baseline in the chosen labels and metrics, pooled and then in each of the folds."""
     rows = []
     for fold in [None, *sorted(set((folds or {}).values()))]:
         cases = {case for case in baseline.cases if fold is None or (folds or {})[case] == fold}

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from nnunet_diffrefine.reports.compare import Row
+    from nnunet_diffrefine.reports.statistics import PairedComparison
 
 SIGN = {"higher": "↑", "lower": "↓", "nearer zero": "→0"}
 LATEX_SIGN = {"higher": r"$\uparrow$", "lower": r"$\downarrow$", "nearer zero": r"$\to 0$"}
@@ -44,8 +45,8 @@ def latex(rows: Sequence[Row], baseline: str) -> str:
         lines += [r"\begin{tabular}{llrrrlrll}", r"\toprule", " & ".join(headers) + r" \\", r"\midrule"]
         for row in rows:
             if row.system == system and row.fold is None:
-                label, metric, *numbers = _cells(row)
-                metric = f"{escape_latex(_metric(row))} {LATEX_SIGN[row.better]}"
+                label, metric, *numbers = row_cells(row)
+                metric = f"{escape_latex(metric_name(row))} {LATEX_SIGN[row.better]}"
                 numbers = [escape_latex(number).replace("−", "$-$") for number in numbers]
                 lines.append(" & ".join([escape_latex(label), metric, *numbers]) + r" \\")
         parts.append("\n".join([*lines, r"\bottomrule", r"\end{tabular}"]))
@@ -60,7 +61,7 @@ def escape_latex(text: str) -> str:
 def _pooled(rows: Sequence[Row], baseline: str) -> str:
     headers = ["label", "metric", "n", baseline, rows[0].system, "difference [95 %]", "better / equal / worse"]
     headers += ["p Wilcoxon (Holm)", "p t (Holm)"]
-    return _table(headers, [_cells(row) for row in rows], "llrrrrrrr")
+    return _table(headers, [row_cells(row) for row in rows], "llrrrrrrr")
 
 
 def _per_fold(rows: Sequence[Row]) -> str:
@@ -69,7 +70,7 @@ def _per_fold(rows: Sequence[Row]) -> str:
     ordered = sorted(rows, key=lambda row: (*_position(rows, row), row.fold))
     cells = []
     for row in ordered:
-        label, metric, n, _, _, *rest = _cells(row)
+        label, metric, n, _, _, *rest = row_cells(row)
         cells.append([label, metric, str(row.fold), n, *rest])
     return _table(headers, cells, "llrrrrrr")
 
@@ -83,7 +84,7 @@ def _position(rows: Sequence[Row], row: Row) -> tuple[int]:
 def _losses(rows: Sequence[Row], baseline: str) -> str:
     headers = ["label", "metric", "case", baseline, rows[0].system, "difference"]
     cells = [
-        [row.label, _metric(row), loss.case, *map(_number, (loss.baseline, loss.system)), _signed(loss.difference)]
+        [row.label, metric_name(row), loss.case, *map(number, (loss.baseline, loss.system)), signed(loss.difference)]
         for row in rows
         for loss in row.result.losses
     ]
@@ -106,35 +107,45 @@ def _legend(rows: Sequence[Row]) -> str:
     return "\n\n".join(lines)
 
 
-def _cells(row: Row) -> list[str]:
+def row_cells(row: Row) -> list[str]:
+    """Label, metric, n, both means, difference, counts, p Wilcoxon and p t, as all tables show them."""
     result = row.result
-    interval = "–" if result.interval is None else f"{_signed(result.interval[0])}, {_signed(result.interval[1])}"
     return [
         row.label,
-        f"{_metric(row)} {SIGN[row.better]}",
+        f"{metric_name(row)} {SIGN[row.better]}",
         str(result.n),
-        _number(result.baseline),
-        _number(result.system),
-        f"{_signed(result.difference)} [{interval}]",
+        number(result.baseline),
+        number(result.system),
+        difference(result),
         f"{result.better} / {result.equal} / {result.worse}",
-        f"{_p(result.p_wilcoxon)} ({_p(row.p_wilcoxon_holm)})",
-        f"{_p(result.p_t)} ({_p(row.p_t_holm)})",
+        f"{p_value(result.p_wilcoxon)} ({p_value(row.p_wilcoxon_holm)})",
+        f"{p_value(result.p_t)} ({p_value(row.p_t_holm)})",
     ]
 
 
-def _metric(row: Row) -> str:
+def difference(result: PairedComparison) -> str:
+    """The mean difference and, in brackets, its interval."""
+    interval = "–" if result.interval is None else f"{signed(result.interval[0])}, {signed(result.interval[1])}"
+    return f"{signed(result.difference)} [{interval}]"
+
+
+def metric_name(row: Row) -> str:
+    """``HD95 [mm]``."""
     return row.metric if row.unit == "1" else f"{row.metric} [{row.unit}]"
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """Four digits; – if there is none."""
     return "–" if value is None else f"{value:.4g}".replace("-", "−")
 
 
-def _signed(value: float | None) -> str:
+def signed(value: float | None) -> str:
+    """Three digits with sign; – if there is none."""
     return "–" if value is None else f"{value:+.3g}".replace("-", "−")
 
 
-def _p(value: float | None) -> str:
+def p_value(value: float | None) -> str:
+    """Four decimals; – if there is none."""
     if value is None:
         return "–"
     return "<0.0001" if value < 1e-4 else f"{value:.4f}"
