@@ -1,4 +1,4 @@
-"""Shared fixtures: whole runs through nnU-Net's commands, made once a session, on one worker if there are several."""
+"""Shared fixtures: whole runs through nnU-Net's commands, made once a session and worker."""
 
 from __future__ import annotations
 
@@ -14,20 +14,14 @@ from workspace import Workspace
 from nnunet_diffrefine.demo.phantom import PhantomSettings, make_case, write_dataset
 
 SMALL = PhantomSettings(shape=(24, 28, 24))
-RUNS = ("region_run", "label_run")
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads would take the core from the other processes
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Start with the long ones; all tests of a run go to the same worker."""
-    for item in items:
-        if item.get_closest_marker("nnunet"):
-            runs = set(RUNS) & set(getattr(item, "fixturenames", ()))
-            item.add_marker(pytest.mark.xdist_group(min(runs, default=item.path.stem)))
+    """Start with the long ones."""
     items.sort(key=lambda item: item.get_closest_marker("nnunet") is None)
 
 
