@@ -32,6 +32,7 @@ from nnunet_diffrefine.paths import StageOneId, export_folder
 from nnunet_diffrefine.plan_command import parse_changes
 from nnunet_diffrefine.plans import merge, read_block
 from nnunet_diffrefine.stage_one.store import PriorStore
+from nnunet_diffrefine.training.trainer_calibration import references
 
 
 def with_settings(network: RefinementNetwork, config: RefineConfig) -> RefinementNetwork:
@@ -89,17 +90,11 @@ def _score(predictor, case, channels, foreground, spacing):  # noqa: ANN001, ANN
     x = whole(data)
     logits = predictor.predict_sliding_window_return_logits(x[:channels])[None].float()
     decided = foreground.decide(logits)[0].numpy() > 0
-    reference = _reference(predictor, np.asarray(segmentation[:]))
+    reference = references(np.asarray(segmentation[:]), predictor.label_manager)[0].numpy()
     return [
         [dice(p, r) for p, r in zip(decided, reference, strict=True)],
         [hd95(p, r, spacing) for p, r in zip(decided, reference, strict=True)],
     ]
-
-
-def _reference(predictor, segmentation: np.ndarray) -> list[np.ndarray]:  # noqa: ANN001
-    manager = predictor.label_manager
-    groups = manager.foreground_regions if manager.has_regions else manager.foreground_labels
-    return [np.isin(segmentation[0], group) for group in groups]
 
 
 if __name__ == "__main__":

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from nnunet_diffrefine.data import PriorDataset
 from nnunet_diffrefine.data.residuals import ExtraChannelTransform
+from nnunet_diffrefine.inference.volume import volume_predictor
 from nnunet_diffrefine.methods.recoseg import ReCoSeg
 from nnunet_diffrefine.methods.recoseg_settings import ReCoSegConfig
 from nnunet_diffrefine.methods.threshold_sweep import ThresholdSweep
 from nnunet_diffrefine.networks.recoseg import ReCoSegNetwork, StoredChannelNetwork
-from nnunet_diffrefine.stage_one.export import TILE_STEP_SIZE
 from nnunet_diffrefine.training.recoseg import held_out, prepare_recoseg
 from nnunet_diffrefine.training.recoseg_build import build_recoseg
 
@@ -155,13 +155,10 @@ class ReCoSegTrainer(nnUNetTrainer):
 
     def _predictor(self) -> nnUNetPredictor:
         """nnU-Net's sliding window as in its validation, for images with their stored channel."""
-        predictor = nnUNetPredictor(TILE_STEP_SIZE, use_mirroring=False, device=self.device, allow_tqdm=False)
         self.set_deep_supervision_enabled(False)
+        plans, configuration, name = self.plans_manager, self.configuration_manager, type(self).__name__
         network = StoredChannelNetwork(self.recoseg)
-        plans, configuration = self.plans_manager, self.configuration_manager
-        name = type(self).__name__
-        predictor.manual_initialization(network, plans, configuration, None, self.dataset_json, name, None)
-        return predictor
+        return volume_predictor(network, plans, configuration, self.dataset_json, name, self.device)
 
     def _whole_case(self, case: str) -> tuple[Tensor, Tensor]:
         """Image and additional channel (C + 1, D, H, W), and nnU-Net's target (1 or R, D, H, W), of a whole case."""
