@@ -116,6 +116,8 @@ class ConditionConfig:
         fusion: how they are joined: ``add``, or ``dynamic`` (frequency-parsed attention).
         bottleneck: what follows the denoiser's deepest stage: ``channel_attention``, ``self_attention``,
             ``class_tokens`` or ``none``.
+        skip: ``prior`` adds the prior's logits to the denoiser's output, whose last layer starts at zero, so that an
+            untrained refiner is stage one; ``none`` for outputs that are no masks.
     """
 
     image: Literal["plain", "masked", "none"] = "plain"
@@ -125,12 +127,14 @@ class ConditionConfig:
     encoder: bool = False
     fusion: Literal["add", "dynamic"] = "add"
     bottleneck: Literal["none", "channel_attention", "self_attention", "class_tokens"] = "none"
+    skip: Literal["none", "prior"] = "none"
 
     def __post_init__(self) -> None:
         """Refuse an empty condition and values outside their range."""
         between("condition.outside", self.outside, 0.0, 1.0)
         between("condition.low_pass", self.low_pass, 0.0, 1.0)
         require((self.image, self.prior) != ("none", "none"), "condition.image", self.image, "shown, or the prior")
+        require(self.prior != "none" or self.skip == "none", "condition.skip", self.skip, "'none' without a prior")
 
 
 @dataclass(frozen=True)
@@ -241,6 +245,9 @@ class RefineConfig:
         require(steps <= timesteps, "sampling.steps", steps, f"at most process.timesteps{truncated} ({timesteps})")
         start, image = self.training.initial_weights, self.condition.image
         require(image != "none" or start == "random", "training.initial_weights", start, "'random' without an image")
+        masks = self.error.target == "mask" and self.process.prediction == "x0"
+        skip = self.condition.skip
+        require(masks or skip == "none", "condition.skip", skip, "'none' where no masks are predicted")
         if self.process.prediction in ("epsilon", "v"):
             deep, recycling = self.training.deep_supervision, self.training.recycling
             require(not deep, "training.deep_supervision", deep, "false to predict epsilon or v")

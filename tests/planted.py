@@ -81,10 +81,10 @@ def shipped_method(
 def network_with(method: AbstractRefineMethod, stage_one: nn.Module | None = None, seed: int = 0) -> RefinementNetwork:
     """Refiner of the architecture above for images of one channel; no stage one is needed where its prior is given."""
     configuration = ConfigurationManager({"architecture": ARCHITECTURE})
-    shown, classes = method.condition_channels(1), method.foreground.channels
+    shown, channels = method.condition_channels(1), method.channels(1)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        denoiser = build_denoiser(method.config.condition, configuration, shown, method.channels(1), classes, False)
+        denoiser = build_denoiser(method.config.condition, configuration, shown, channels, method.foreground, False)
     return RefinementNetwork(stage_one or nn.Identity(), denoiser, method, method.foreground, method.config.sampling)
 
 

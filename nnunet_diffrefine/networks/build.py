@@ -6,12 +6,14 @@ from typing import Any
 
 from torch import nn
 
+from nnunet_diffrefine.batch import Foreground
 from nnunet_diffrefine.config import ConditionConfig
 from nnunet_diffrefine.networks.attention import ChannelAttention, SelfAttention
 from nnunet_diffrefine.networks.class_tokens import ClassTokens
 from nnunet_diffrefine.networks.condition_encoder import ConditionEncoder
 from nnunet_diffrefine.networks.denoiser import TimeConditionedUNet
 from nnunet_diffrefine.networks.planned import planned_unet
+from nnunet_diffrefine.networks.prior_skip import PriorSkip
 
 
 def build_denoiser(
@@ -19,7 +21,7 @@ def build_denoiser(
     configuration: Any,  # noqa: ANN401 (nnU-Net's ConfigurationManager)
     condition_channels: int,
     channels: tuple[int, int],
-    classes: int,
+    foreground: Foreground,
     deep_supervision: bool,
 ) -> TimeConditionedUNet:
     """Build a denoiser with random weights.
@@ -29,7 +31,7 @@ def build_denoiser(
         configuration: nnU-Net's configuration manager.
         condition_channels: how many input channels are condition; they come first.
         channels: numbers of input and output channels.
-        classes: R, the number of classes or regions.
+        foreground: meaning of the R foreground channels; a prior's are the last ones of the condition.
         deep_supervision: whether the denoiser returns all its outputs.
     """
     unet: Any = planned_unet(configuration, *channels, deep_supervision)
@@ -38,7 +40,9 @@ def build_denoiser(
         planned: Any = planned_unet(configuration, condition_channels, channels[1], deep_supervision)
         encoder = ConditionEncoder(planned.encoder, condition_channels, config.fusion)
     width = unet.encoder.output_channels[-1]
-    return TimeConditionedUNet(unet, condition=encoder, bottleneck=_bottleneck(config.bottleneck, width, classes))
+    skip = PriorSkip(foreground, condition_channels) if config.skip == "prior" else None
+    bottleneck = _bottleneck(config.bottleneck, width, foreground.channels)
+    return TimeConditionedUNet(unet, condition=encoder, bottleneck=bottleneck, skip=skip)
 
 
 def _bottleneck(kind: str, width: int, classes: int) -> nn.Module | None:

@@ -1,6 +1,7 @@
 """The denoiser: the U-Net that nnU-Net planned, told the time t at every stage of encoder and decoder.
 
-Two additions that papers ask for: a second encoder of the condition, and a module behind the deepest stage.
+Three additions: a second encoder of the condition and a module behind the deepest stage, which papers ask for, and a
+skip from the prior to the output.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nnunet_diffrefine.networks.condition_encoder import ConditionEncoder
+from nnunet_diffrefine.networks.prior_skip import PriorSkip
 from nnunet_diffrefine.networks.time_embedding import FiLM, TimeEmbedding
 
 
@@ -22,6 +24,7 @@ class TimeConditionedUNet(nn.Module):
         embedding_size: width of the time embedding.
         condition: encoder of the condition, or None.
         bottleneck: module behind the deepest stage, features (B, width, *s) to the same, or None.
+        skip: what is added to the outputs, whose layers then start at zero, or None.
 
     Raises:
         NotImplementedError: the planned architecture has no such stages.
@@ -33,12 +36,17 @@ class TimeConditionedUNet(nn.Module):
         embedding_size: int = 128,
         condition: ConditionEncoder | None = None,
         bottleneck: nn.Module | None = None,
+        skip: PriorSkip | None = None,
     ) -> None:
         super().__init__()
         _require_stages(unet)
         self.unet: Any = unet
         self.condition = condition
         self.bottleneck = bottleneck
+        self.skip = skip
+        if skip is not None:
+            for parameter in unet.decoder.seg_layers.parameters():
+                nn.init.zeros_(parameter)
         self.time = TimeEmbedding(embedding_size)
         if not self.deep_supervision:  # outputs that are never used would wait for gradients in distributed training
             unet.decoder.seg_layers[:-1].requires_grad_(False)
@@ -67,7 +75,8 @@ class TimeConditionedUNet(nn.Module):
         if features is None and self.condition is not None:
             features = self.condition(x[:, : self.condition.channels])
         skips = self._encode(x, embedding, features)
-        return self._decode(skips, embedding)
+        output = self._decode(skips, embedding)
+        return output if self.skip is None else self.skip(x, output)
 
     def condition_features(self, condition: Tensor) -> list[Tensor] | None:
         """What need not be computed again at every step, of a condition (B, C_cond, *S)."""
@@ -98,6 +107,8 @@ class TimeConditionedUNet(nn.Module):
     def start_from(self, weights: dict[str, Tensor]) -> int:
         """Copy another U-Net's weights where shapes agree; input convolutions get zeros for the new channels.
 
+        With a skip the output layers stay as they are.
+
         Args:
             weights: state dict of a U-Net of the same plan whose inputs are this one's first channels.
 
@@ -106,7 +117,7 @@ class TimeConditionedUNet(nn.Module):
         """
         own, copied = self.unet.state_dict(), 0
         for name, value in weights.items():
-            if name not in own:
+            if name not in own or (self.skip is not None and "seg_layers" in name):
                 continue
             target, fits = own[name], own[name].shape[2:] == value.shape[2:] and own[name].shape[:1] == value.shape[:1]
             if target.shape == value.shape:

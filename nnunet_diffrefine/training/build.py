@@ -38,7 +38,7 @@ def build_network(
         configuration,
         method.condition_channels(image_channels),
         method.channels(image_channels),
-        foreground.channels,
+        foreground,
         deep_supervision,
     )
     record = resolved.stage_one

@@ -39,5 +39,4 @@ def denoiser_of(
     shown, channels = method.condition_channels(image_channels), method.channels(image_channels)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        classes = method.foreground.channels
-        return build_denoiser(method.config.condition, configuration(kind), shown, channels, classes, deep)
+        return build_denoiser(method.config.condition, configuration(kind), shown, channels, method.foreground, deep)

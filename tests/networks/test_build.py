@@ -27,7 +27,7 @@ BOTTLENECKS = {
 
 def build(kind: str = "plain", deep: bool = False, **condition: object) -> TimeConditionedUNet:
     """4 image channels and 2 of the prior, 2 of the state, 3 heads, 2 classes."""
-    return build_denoiser(ConditionConfig(**condition), configuration(kind), 6, (8, 3), 2, deep)
+    return build_denoiser(ConditionConfig(**condition), configuration(kind), 6, (8, 3), LABELS, deep)
 
 
 def first_convolution(module: nn.Module) -> nn.Conv3d:
@@ -76,7 +76,8 @@ def test_the_bottleneck_reaches_the_output() -> None:
 @pytest.mark.parametrize("classes", [1, 4])
 def test_one_token_a_class_and_one_for_none(classes: int) -> None:
     condition = ConditionConfig(bottleneck="class_tokens")
-    denoiser = build_denoiser(condition, configuration(), 6, (8, 3), classes, False)
+    foreground = Foreground(tuple("abcd"[:classes]), exclusive=True)
+    denoiser = build_denoiser(condition, configuration(), 6, (8, 3), foreground, False)
     assert denoiser.bottleneck.tokens.shape == (classes + 1, WIDTHS[-1])
 
 
