@@ -9,22 +9,28 @@ CONFIGURATION = "3d_fullres"
 
 
 def shrink(
-    plans: dict[str, Any], name: str, features: list[int], batch: int, patch: list[int] | None = None
+    plans: dict[str, Any],
+    name: str,
+    features: list[int],
+    batch: int,
+    patch: list[int] | None = None,
+    kept: str = CONFIGURATION,
 ) -> dict[str, Any]:
     """Copy of ``plans`` with ``len(features)`` resolution stages, on the same preprocessed data.
 
     Args:
-        plans: nnU-Net plans with a ``3d_fullres`` configuration.
+        plans: nnU-Net plans.
         name: plans identifier of the copy.
         features: channels per stage, finest first; at most as many stages as were planned.
         batch: batch size.
         patch: patch size in voxels; the planned one if None. Must be divisible by the product of the strides.
+        kept: the configuration that the copy has.
 
     Raises:
         ValueError: too many stages, or a patch that the strides do not divide.
     """
     plans = deepcopy(plans)
-    configuration = plans["configurations"][CONFIGURATION]
+    configuration = plans["configurations"][kept]
     kwargs = configuration["architecture"]["arch_kwargs"]
     stages = len(features)
     if not 2 <= stages <= kwargs["n_stages"]:
@@ -44,5 +50,5 @@ def shrink(
                 f"patch is {patch}; axis {axis} must be divisible by {stride}, the product of its strides."
             )
     configuration.update(batch_size=batch, patch_size=patch)
-    plans.update(configurations={CONFIGURATION: configuration}, plans_name=name)
+    plans.update(configurations={kept: configuration}, plans_name=name)
     return plans
