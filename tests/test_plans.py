@@ -12,7 +12,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_diffrefine import plan_command
 from nnunet_diffrefine.config import BLOCK, ConfigError, RefineConfig
-from nnunet_diffrefine.methods import METHODS
+from nnunet_diffrefine.methods import DEFAULT_METHOD, METHODS
 from nnunet_diffrefine.paths import resource_folder
 from nnunet_diffrefine.plans import (
     PAPER_LITERAL,
@@ -89,7 +89,7 @@ class TestPresets:
 
     def test_every_method_has_one_and_the_bridge_is_the_default(self) -> None:
         assert set(METHODS) == set(PRESETS)
-        assert RefineConfig.from_dict(preset("bridge")) == RefineConfig()
+        assert RefineConfig.from_dict(preset(DEFAULT_METHOD)).method == RefineConfig().method == DEFAULT_METHOD
 
     def test_an_unknown_one_is_answered_with_the_known(self) -> None:
         with pytest.raises(ConfigError, match=f"No preset 'brigde'.*{', '.join(SHIPPED)}"):
@@ -99,7 +99,7 @@ class TestPresets:
 class TestSettings:
     def test_stock_plans_get_the_preset(self) -> None:
         configuration = SOURCE["configurations"]["3d_fullres"]
-        assert settings(configuration, "bridge") == RefineConfig()
+        assert settings(configuration, "bridge") == RefineConfig.from_dict(preset("bridge"))
         assert settings(configuration, "mask_diffusion") == RefineConfig.from_dict(preset("mask_diffusion"))
 
     def test_a_block_goes_over_the_preset(self) -> None:
@@ -153,7 +153,8 @@ class TestVariant:
         assert (configuration["patch_size"], configuration["batch_size"]) == ([8, 8, 8], 4)
         config = settings(configuration, "bridge")
         assert (config.sampling.steps, config.process.state) == (3, "discrete")
-        assert config == RefineConfig.from_dict({"sampling": {"steps": 3}, "process": {"state": "discrete"}})
+        changes = {"sampling": {"steps": 3}, "process": {"state": "discrete"}}
+        assert config == RefineConfig.from_dict(merge(preset("bridge"), changes))
 
     def test_an_inherited_block_reaches_the_heirs(self, folder: Path) -> None:
         file = write(configuration="3d_fullres", sampling={"steps": 3})
