@@ -42,11 +42,20 @@ class Comparison:
             self.controls = {}
 
     def train(self) -> None:
-        """Train what has no validation summary yet, a few at a time."""
-        todo = [t for t in (*self.controls.values(), *self.refiners.values()) if not self._done(t)]
+        """Train what has no validation summary yet and measure its cost, a few at a time."""
+        todo = [*self.controls.values(), *self.refiners.values()]
         with ThreadPoolExecutor(self.args.jobs) as pool:
-            for _ in tqdm(pool.map(self._train, todo), total=len(todo), desc="train", unit="model"):
+            for _ in tqdm(pool.map(self._train_and_measure, todo), total=len(todo), desc="train", unit="model"):
                 pass
+
+    def _train_and_measure(self, trainer: str) -> None:
+        if not self._done(trainer):
+            self._train(trainer)
+        if trainer in self.refiners.values() and self._done(trainer) and not self._cost(trainer).is_file():
+            self._measure(trainer, self._cost(trainer))
+
+    def _cost(self, trainer: str) -> Path:
+        return self.work / "cost" / f"{trainer}.json"
 
     def _done(self, trainer: str) -> bool:
         return (self.run.folder(trainer, self.args.f) / "validation" / "summary.json").is_file()
@@ -65,15 +74,9 @@ class Comparison:
             print(f"{trainer} failed ({code}): see {self.work / 'logs' / trainer}.log", file=sys.stderr)
 
     def costs(self) -> dict[str, dict]:
-        """Cost of every trained refiner, each in a process of its own, one after the other."""
-        results = {}
-        for name, trainer in tqdm(self.refiners.items(), desc="cost", unit="model"):
-            file = self.work / "cost" / f"{trainer}.json"
-            if not file.is_file() and self._done(trainer):
-                self._measure(trainer, file)
-            if file.is_file():
-                results[name] = json.loads(file.read_text())
-        return results
+        """Cost of every refiner that was measured."""
+        measured = {name: self._cost(trainer) for name, trainer in self.refiners.items()}
+        return {name: json.loads(file.read_text()) for name, file in measured.items() if file.is_file()}
 
     def _measure(self, trainer: str, file: Path) -> None:
         args = self.args

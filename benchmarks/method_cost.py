@@ -26,8 +26,8 @@ from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from torch import Tensor
 
+from nnunet_diffrefine.inference.volume import references
 from nnunet_diffrefine.paths import StageOneId
-from nnunet_diffrefine.training.trainer_calibration import references
 
 
 class Model:

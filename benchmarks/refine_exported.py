@@ -26,13 +26,12 @@ from tqdm import tqdm
 
 from nnunet_diffrefine.config import RefineConfig
 from nnunet_diffrefine.data import PriorDataset
-from nnunet_diffrefine.inference.volume import GivenPrior, whole
+from nnunet_diffrefine.inference.volume import GivenPrior, references, whole
 from nnunet_diffrefine.networks.refinement import RefinementNetwork
 from nnunet_diffrefine.paths import StageOneId, export_folder
 from nnunet_diffrefine.plan_command import parse_changes
 from nnunet_diffrefine.plans import merge, read_block
 from nnunet_diffrefine.stage_one.store import PriorStore
-from nnunet_diffrefine.training.trainer_calibration import references
 
 
 def with_settings(network: RefinementNetwork, config: RefineConfig) -> RefinementNetwork:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from nnunet_diffrefine import __version__, doctor, environment, plan_command
 from nnunet_diffrefine.demo import command as demo_command
 from nnunet_diffrefine.evaluation import command as evaluate_command
+from nnunet_diffrefine.inference import calibrate_command
 from nnunet_diffrefine.inference import command as apply_command
 from nnunet_diffrefine.reports import command as compare_command
 from nnunet_diffrefine.reports import report_command
@@ -20,6 +21,7 @@ The usual order, after nnUNetv2_plan_and_preprocess and training stage one in cr
   eval "$(nnUNetv2_diffrefine env)"                      let nnU-Net find our trainers
   nnUNetv2_diffrefine export -d D -c 3d_fullres          out-of-fold predictions of stage one
   nnUNetv2_train D 3d_fullres FOLD -tr DiffRefineTrainer
+  nnUNetv2_diffrefine calibrate -d D -c 3d_fullres -tr DiffRefineTrainer
   nnUNetv2_predict -i IN -o OUT -d D -c 3d_fullres -tr DiffRefineTrainer
 """
 
@@ -37,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
         doctor,
         plan_command,
         export_command,
+        calibrate_command,
         apply_command,
         evaluate_command,
         compare_command,

@@ -214,8 +214,21 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True)
+class GateConfig:
+    """What of the refiner's result is used; ``nnUNetv2_diffrefine calibrate`` writes it into a trained model's plans.
+
+    Attributes:
+        unchanged: names of the classes or regions that keep stage one's decision.
+        offsets: name -> what is added to the refined logit of a class or region before the decision; 0 where missing.
+    """
+
+    unchanged: list[str] = field(default_factory=list)
+    offsets: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class RefineConfig:
-    """All settings of a refiner; ``RefineConfig()`` is the default method.
+    """All settings of a refiner; ``RefineConfig()`` is the default method, started from random weights.
 
     Attributes:
         method: name of the method.
@@ -226,6 +239,7 @@ class RefineConfig:
         process: the diffusion process.
         training: how the denoiser is trained.
         sampling: how a mask is drawn.
+        gate: what of it is used.
     """
 
     method: str = "bridge"
@@ -236,6 +250,7 @@ class RefineConfig:
     process: ProcessConfig = field(default_factory=ProcessConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    gate: GateConfig = field(default_factory=GateConfig)
 
     def __post_init__(self) -> None:
         """Check what concerns two parts at once."""

@@ -78,6 +78,11 @@ def residual_folder(dataset: str, synthesis: StageOneId) -> Path:
     return residuals_folder(dataset) / synthesis.name
 
 
+def calibration_folder(dataset: str, refiner: StageOneId) -> Path:
+    """What calibration keeps of the out-of-fold cases of a refiner, one ``<case>.npz`` each; may be deleted."""
+    return preprocessed_dataset(dataset) / "diffrefine_calibration" / refiner.name
+
+
 def model_folder(dataset: str, stage_one: StageOneId) -> Path:
     """``nnUNet_results/DATASET/TRAINER__PLANS__CONFIG``."""
     return environment_folder("nnUNet_results") / dataset / stage_one.name

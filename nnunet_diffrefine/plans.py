@@ -128,6 +128,16 @@ def with_block(plans: dict[str, Any], configuration: str, config: RefineConfig, 
     return plans
 
 
+GATE = "gate"
+
+
+def with_gate(plans: dict[str, Any], configuration: str, gate: Mapping[str, Any]) -> dict[str, Any]:
+    """Copy of a trained model's ``plans`` with another ``gate`` section."""
+    plans = deepcopy(plans)
+    plans["configurations"][configuration][BLOCK][GATE] = dict(gate)
+    return plans
+
+
 def write_variant(
     dataset: str,
     source: str,

@@ -11,11 +11,11 @@ import numpy as np
 from nnunet_diffrefine.evaluation.cases import Case
 from nnunet_diffrefine.evaluation.classes import Classes
 from nnunet_diffrefine.evaluation.definitions import nsd
-from nnunet_diffrefine.evaluation.geometry import read_labels
 from nnunet_diffrefine.evaluation.lesions import LesionRule, lesion_scores
 from nnunet_diffrefine.evaluation.masks import dice, iou
 from nnunet_diffrefine.evaluation.policy import POLICIES, Emptiness, EmptyPolicy, emptiness
 from nnunet_diffrefine.evaluation.surface import surface_distances
+from nnunet_diffrefine.image_files import read_labels
 
 MM3_PER_ML = 1000.0
 
@@ -68,8 +68,8 @@ def evaluate_case(case: Case, classes: Classes, settings: Settings) -> CaseResul
         reference[reference == classes.ignore] = 0
     _refuse_unknown(case.prediction, prediction, classes.values)
     ours, theirs = classes.masks(reference), classes.masks(prediction)
-    spacing = case.geometry.spacing[::-1]
-    values = {name: measure(ours[name], theirs[name], spacing, settings, case.geometry.diagonal) for name in ours}
+    spacing = case.header.spacing[::-1]
+    values = {name: measure(ours[name], theirs[name], spacing, settings, case.header.diagonal) for name in ours}
     empty = {name: emptiness(int(ours[name].sum()), int(theirs[name].sum())) for name in ours}
     return CaseResult(case.name, values, empty)
 

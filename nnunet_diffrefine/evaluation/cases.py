@@ -6,19 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nnunet_diffrefine.evaluation.geometry import Geometry, read_geometry
+from nnunet_diffrefine.image_files import Header, read_header
 
 SHOWN = 5
 
 
 @dataclass(frozen=True)
 class Case:
-    """A reference, its prediction and their common geometry."""
+    """A reference, its prediction and their common header."""
 
     name: str
     reference: Path
     prediction: Path
-    geometry: Geometry
+    header: Header
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,13 @@ def pair_cases(reference_folder: Path, prediction_folder: Path, file_ending: str
         raise ValueError(f"There is no *{file_ending} in {prediction_folder}; nothing to evaluate.")
     cases, faults = [], []
     for name in sorted(predictions):
-        ours, theirs = read_geometry(references[name]), read_geometry(predictions[name])
+        ours, theirs = read_header(references[name]), read_header(predictions[name])
         if found := ours.differences(theirs):
             faults.append(f"{name}: {'; '.join(found)}")
         cases.append(Case(name, references[name], predictions[name], ours))
     if faults:
         raise ValueError(
-            f"{len(faults)} of {len(cases)} predictions do not lie on their reference's grid, differing in\n  "
+            f"{len(faults)} of {len(cases)} predictions do not lie on their reference's grid, having\n  "
             + _shown(faults, "\n  ")
             + "\nPredict in the geometry of the original images, or resample the prediction onto the reference."
         )

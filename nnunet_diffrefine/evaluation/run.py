@@ -67,7 +67,7 @@ def evaluate_folders(
     content = {
         **_description(classes, settings),
         "empty": _empty(results, settings),
-        "cases": {case.name: {"spacing_mm": [*case.geometry.spacing]} for case in pairing.cases},
+        "cases": {case.name: {"spacing_mm": [*case.header.spacing]} for case in pairing.cases},
         "references_without_prediction": [*pairing.without_prediction],
         "summary": _summary(rows),
     }
@@ -89,7 +89,7 @@ def table(results: Sequence[CaseResult], settings: Settings) -> list[Row]:
 
 def _evaluate(cases: Sequence[Case], classes: Classes, settings: Settings, processes: int) -> list[CaseResult]:
     """The results in the order of the cases; the first error ends the run."""
-    bar = {"total": len(cases), "desc": "evaluate", "unit": "case"}
+    bar = {"total": len(cases), "desc": "evaluate", "unit": "case", "disable": None}  # no bar in log files
     if processes == 1:
         return [evaluate_case(case, classes, settings) for case in tqdm(cases, **bar)]
     # spawn, as nnU-Net does: it behaves alike on all systems

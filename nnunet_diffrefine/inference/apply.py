@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from nnunet_diffrefine.calibration.record import Record
 from nnunet_diffrefine.inference.background import Background
 from nnunet_diffrefine.inference.case_work import CaseResult, CaseWork, Finished, Prepared, finish, prepare
 from nnunet_diffrefine.inference.checks import (
@@ -23,13 +24,17 @@ from nnunet_diffrefine.inference.checks import (
     check_request,
     check_spread,
 )
+from nnunet_diffrefine.inference.decided import with_record
 from nnunet_diffrefine.inference.files import CaseFiles, OutputFolder, find_cases
 from nnunet_diffrefine.inference.geometry import Geometry
 from nnunet_diffrefine.inference.model import Model, load_model
+from nnunet_diffrefine.inference.quality import Judge, write_table
 from nnunet_diffrefine.inference.refine import RefineOptions, refine_volume
 from nnunet_diffrefine.inference.region import RegionSettings
 from nnunet_diffrefine.inference.request import Request
 from nnunet_diffrefine.inference.windows import all_windows
+from nnunet_diffrefine.networks.gate import Gate
+from nnunet_diffrefine.stage_one.fingerprint import json_sha256
 
 
 def apply(request: Request) -> list[CaseResult]:
@@ -46,6 +51,7 @@ def apply(request: Request) -> list[CaseResult]:
     check_request(request)
     device = torch.device(request.device)
     model = load_model(request.dataset, request.refiner, request.folds, request.checkpoint, request.sampling, device)
+    model = _calibrated(request, model)
     work = case_work(request, model)
     check_spread(request, model)
     check_maps(work)
@@ -55,10 +61,17 @@ def apply(request: Request) -> list[CaseResult]:
     work.output.begin()
     try:
         results = list(_run(request, model, work, cases, record))
+        write_table(work.output)
     finally:
         work.output.end()
     print(summary(results, request.output))
     return results
+
+
+def _calibrated(request: Request, model: Model) -> Model:
+    """The model with the calibration that holds for it and for predictions with probabilities, if there is one."""
+    model = with_record(model, request.refiner, request.folds, request.checkpoint, request.gate)
+    return model if any(request.predictions.glob("*.npz")) else replace(model, record=None)
 
 
 def _cases(request: Request, model: Model, work: CaseWork) -> list[CaseFiles]:
@@ -114,9 +127,11 @@ def refine_case(request: Request, model: Model, prepared: Prepared, bar: tqdm) -
         bar.update(0)
 
     image, prior, region = (torch.from_numpy(x) for x in (prepared.image, prepared.prior, prepared.region))
+    known = model.record
     options = RefineOptions(
-        torch.device(request.device), request.on_device, request.save_error_map, request.save_uncertainty
-    )
+        torch.device(request.device), request.on_device, request.save_error_map, request.save_uncertainty, True,
+        *((known.error_map.scaling, known.dice.scaling) if known else ()),
+    )  # fmt: skip
     try:
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):  # same seed, same bytes
             refined = refine_volume(model.folds(), image, prior, region, model.patch, options, passed)
@@ -130,23 +145,44 @@ def refine_case(request: Request, model: Model, prepared: Prepared, bar: tqdm) -
     shape = [max(n, p) for n, p in zip(prior.shape[1:], model.patch, strict=True)]
     share = float(region.float().mean())
     result = CaseResult(name, refined.windows, len(all_windows(shape, model.patch)), share, 0.0)
-    return Finished(prepared.case, prepared.properties, prepared.prior, logits, maps), result
+    assert refined.probabilities is not None, "asked for above"
+    dice = judge_of(request, model).dice(refined.logits, refined.probabilities, model.network.foreground)
+    return Finished(prepared.case, prepared.properties, prepared.prior, logits, maps, dice), result
 
 
 def case_work(request: Request, model: Model) -> CaseWork:
     """What background processes have to know."""
-    everywhere = model.network.sampling.min_foreground == 0  # of methods that do not look at the prior
-    region = RegionSettings(**{"everywhere": everywhere, **(request.region or {})})
     part = f"_{request.part_id}" if request.num_parts > 1 else ""
     return CaseWork(
         Geometry(model.plans, model.configuration, model.dataset_json),
         model.network.foreground,
-        region,
+        region_settings(request, model),
         request.soften,
         OutputFolder(request.output, part),
         request.save_probabilities,
         request.maps,
+        judge_of(request, model),
     )
+
+
+def judge_of(request: Request, model: Model) -> Judge:
+    """What judges the results, with a note about what it does not know."""
+    record, region = model.record, region_settings(request, model)
+    notes = []
+    if record is None:
+        soft = any(request.predictions.glob("*.npz"))
+        notes.append("not calibrated" if soft else "not calibrated: the input has no probabilities")
+    elif record.sampling != asdict(model.network.sampling):
+        notes.append("calibrated with other sampling settings")
+    elif record.region != asdict(region):
+        notes.append("calibrated with another region")
+    return Judge.of(record, model.network.foreground, "; ".join(notes))
+
+
+def region_settings(request: Request, model: Model) -> RegionSettings:
+    """What is refined."""
+    everywhere = model.network.sampling.min_foreground == 0  # of methods that do not look at the prior
+    return RegionSettings(**{"everywhere": everywhere, **(request.region or {})})
 
 
 def settings_record(request: Request, model: Model, work: CaseWork) -> dict[str, Any]:
@@ -162,6 +198,24 @@ def settings_record(request: Request, model: Model, work: CaseWork) -> dict[str,
         "device": request.device,
         "on_device": request.on_device,
         "predictions": os.path.abspath(request.predictions),
+        "gate": _gate(model.network.gate),
+        "calibration": None if model.record is None else calibration_of(model.record),
+    }
+
+
+def _gate(gate: Gate) -> dict[str, Any]:
+    names = gate.foreground.names
+    offsets = {name: offset for name, offset in zip(names, gate.offsets, strict=False) if offset}
+    return {"unchanged": [names[channel] for channel in sorted(gate.unchanged)], "offsets": offsets}
+
+
+def calibration_of(record: Record) -> dict[str, Any]:
+    """What the maps and the table of a folder were calibrated with."""
+    return {
+        "error_map": record.error_map.source,
+        "predicted_dice": record.dice.source,
+        "cases": record.cases,
+        "record": json_sha256(asdict(record)),
     }
 
 

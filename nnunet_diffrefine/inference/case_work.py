@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,11 @@ import SimpleITK as sitk
 import torch
 
 from nnunet_diffrefine.batch import Foreground
-from nnunet_diffrefine.inference.files import CaseFiles, OutputFolder, read_header
+from nnunet_diffrefine.image_files import read_header
+from nnunet_diffrefine.inference.files import CaseFiles, OutputFolder
 from nnunet_diffrefine.inference.geometry import Geometry, corrected
 from nnunet_diffrefine.inference.prediction import read_labels, read_prediction
+from nnunet_diffrefine.inference.quality import Judge, case_file
 from nnunet_diffrefine.inference.region import RegionSettings, doubtful_region
 
 MAPS = ("uncertainty", "error_map")
@@ -33,6 +36,7 @@ class CaseWork:
         output: where results go.
         save_probabilities: write nnU-Net's npz and pkl.
         maps: those of :data:`MAPS` that are wanted.
+        judge: of the results.
     """
 
     geometry: Geometry
@@ -42,12 +46,13 @@ class CaseWork:
     output: OutputFolder
     save_probabilities: bool
     maps: tuple[str, ...]
+    judge: Judge
 
     def products(self, case: str) -> list[str]:
         """Names of all files of a finished case; the label map, written last, comes last."""
         ending = self.geometry.dataset_json["file_ending"]
         soft = [f"{case}.npz", f"{case}.pkl"] if self.save_probabilities else []
-        return [*(f"{name}/{case}{ending}" for name in self.maps), *soft, f"{case}{ending}"]
+        return [*(f"{name}/{case}{ending}" for name in self.maps), *soft, case_file(case), f"{case}{ending}"]
 
     def is_done(self, case: str) -> bool:
         """Whether every file of the case is there; files appear whole or not at all."""
@@ -117,6 +122,7 @@ class Finished:
         prior: foreground probabilities (R, D, H, W).
         logits: refined (H, D, H, W), or None where nothing changed.
         maps: name of a map -> (D, H, W).
+        dice: predicted Dice by class name.
     """
 
     case: CaseFiles
@@ -124,6 +130,7 @@ class Finished:
     prior: np.ndarray
     logits: np.ndarray | None
     maps: dict[str, np.ndarray]
+    dice: dict[str, float | None]
 
 
 def finish(work: CaseWork, done: Finished) -> float:
@@ -144,8 +151,12 @@ def finish(work: CaseWork, done: Finished) -> float:
         soft = probabilities
         work.output.write(next(names), lambda file: np.savez_compressed(file, probabilities=soft))
         work.output.write(next(names), lambda file: file.write_bytes(pickle.dumps(done.properties)))
+    masks = {of: np.isin(labels, group) for of, group in zip(work.foreground.names, geometry.groups, strict=True)}
+    voxel_ml = math.prod(done.properties["spacing"]) / 1000
+    quality = work.judge.case(name, done.dice, masks, labels != given, voxel_ml)
+    work.output.write(next(names), lambda file: file.write_text(quality.json()))
     work.output.write(next(names), lambda file: _write_labels(labels, done.properties, geometry, file))
-    return float((labels != given).mean())
+    return quality.changed_share
 
 
 def write_map(values: np.ndarray, like: Path, file: Path) -> None:

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from nnunet_diffrefine.image_files import read_header, refuse_damaged
 from nnunet_diffrefine.inference.case_work import CaseWork
-from nnunet_diffrefine.inference.files import CaseFiles, read_header
+from nnunet_diffrefine.inference.files import CaseFiles
 from nnunet_diffrefine.inference.geometry import Geometry
 from nnunet_diffrefine.inference.model import Model
 from nnunet_diffrefine.inference.prediction import read_prediction
@@ -108,5 +109,11 @@ def check_dataset(predictions: Path, dataset_json: dict[str, Any]) -> None:
 
 
 def check_content(case: CaseFiles, geometry: Geometry) -> None:
-    """Labels and probabilities are such as :func:`read_prediction` can use; raises its ``ValueError``."""
+    """Images are whole; labels and probabilities are such as :func:`read_prediction` can use.
+
+    Raises:
+        ValueError: they are not.
+    """
+    for file in case.images:
+        refuse_damaged(file)
     read_prediction(case, geometry)

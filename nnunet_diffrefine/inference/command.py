@@ -24,7 +24,7 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     )
     _add_model(parser)
     _add_results(parser)
-    _add_region(parser)
+    add_region(parser)
     _add_running(parser)
     parser.set_defaults(func=run)
 
@@ -52,11 +52,13 @@ def _add_results(parser: argparse.ArgumentParser) -> None:
     add("--save_probabilities", action="store_true", help="write CASE.npz and CASE.pkl, as nnUNetv2_predict does")
     add("--save_uncertainty", action="store_true", help="write uncertainty/CASE: spread over samples and folds")
     add("--save_error_map", action="store_true", help="write error_map/CASE: probability that the input is wrong")
+    add("--no_gate", action="store_true", help="refine every class, also those that calibrate found it not to help")
     soften = "smooth label maps that come without probabilities by a Gaussian of this standard deviation in mm [0]"
     add("--soften", type=float, default=0.0, metavar="MM", help=soften)
 
 
-def _add_region(parser: argparse.ArgumentParser) -> None:
+def add_region(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the doubtful region; :func:`region_of` reads them."""
     add = parser.add_argument
     add("--margin", type=int, metavar="VOXELS", help="refined on either side of the prediction's surface [4]")
     add("--entropy", type=float, metavar="SHARE", help="refined where the prior's entropy, 0 to 1, reaches this [0.1]")
@@ -83,7 +85,8 @@ def run(args: argparse.Namespace) -> None:
     os.environ[VARIABLE] = extended_trainer_path(os.environ.get(VARIABLE))
     same = {name: getattr(args, name) for name in SAME}
     refiner = StageOneId(args.tr, args.p, args.c)
-    same |= {"on_device": not args.not_on_device, "progress": not args.disable_progress_bar, "region": _region(args)}
+    same |= {"on_device": not args.not_on_device, "progress": not args.disable_progress_bar}
+    same |= {"gate": not args.no_gate, "region": region_of(args)}
     apply(Request(args.i, args.s, args.o, args.d, refiner, tuple(args.f), args.chk, **same))
 
 
@@ -94,7 +97,7 @@ SAME = (
 """Arguments that are called as the fields of the request are."""
 
 
-def _region(args: argparse.Namespace) -> dict[str, object]:
+def region_of(args: argparse.Namespace) -> dict[str, object]:
     """Only what was given: the rest are the defaults of :class:`RegionSettings`."""
     given = {"margin": args.margin, "entropy": args.entropy, "candidates": args.candidates}
     everywhere = {"everywhere": True} if args.everywhere else {}

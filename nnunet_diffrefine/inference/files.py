@@ -1,24 +1,15 @@
-"""Cases in folders of images and predictions, their headers, and files that appear whole or not at all."""
+"""Cases in folders of images and predictions, and files that appear whole or not at all."""
 
 from __future__ import annotations
 
-import gzip
 import json
 import os
 import re
 import shutil
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-import SimpleITK as sitk
-
-SPACING_TOLERANCE = 1e-4  # mm
-ORIGIN_TOLERANCE = 1e-2  # of a voxel; NIfTI stores single precision
-DIRECTION_TOLERANCE = 1e-3  # of a cosine; quaternions in NIfTI headers are that coarse near half turns
 
 
 @dataclass(frozen=True)
@@ -87,73 +78,6 @@ def _require_pairs(found: set[str], predicted: set[str], images: Path, predictio
 def listed(names: Sequence[str], most: int = 10) -> str:
     """Names for a message, at most ``most`` of them."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-# Geometry
-
-
-@dataclass(frozen=True)
-class Header:
-    """Size in voxels, spacing and origin in mm, direction cosines, in the order x, y, z."""
-
-    size: tuple[int, ...]
-    spacing: tuple[float, ...]
-    origin: tuple[float, ...]
-    direction: tuple[float, ...]
-
-    def differences(self, other: Header) -> list[str]:
-        """In what the ``other`` differs from this, and by how much; [] if in nothing."""
-        found = []
-        if self.size != other.size:
-            by = tuple(b - a for a, b in zip(self.size, other.size, strict=True))
-            found.append(f"shape {other.size} instead of {self.size} voxels, by {by}")
-        for name, unit, tolerance in (
-            ("spacing", " mm", SPACING_TOLERANCE),
-            ("origin", " mm", ORIGIN_TOLERANCE * min(self.spacing)),
-            ("direction", "", DIRECTION_TOLERANCE),
-        ):
-            ours, theirs = getattr(self, name), getattr(other, name)
-            by_ = float(np.abs(np.subtract(ours, theirs)).max())
-            if not by_ <= tolerance:  # written so that NaN is a difference
-                shown = [tuple(float(f"{value:.6g}") for value in values) for values in (theirs, ours)]
-                found.append(f"{name} {shown[0]} instead of {shown[1]}{unit}, by up to {by_:.4g}{unit}")
-        return found
-
-
-def read_header(file: Path) -> Header:
-    """Read the header of an image or label map.
-
-    Raises:
-        ValueError: unreadable, or not 3D with one value a voxel.
-    """
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(str(file))
-    try:
-        reader.ReadImageInformation()
-    except RuntimeError as error:
-        raise ValueError(f"{file} cannot be read: {str(error).strip().splitlines()[-1]}") from error
-    if reader.GetDimension() != 3 or reader.GetNumberOfComponents() != 1:
-        raise ValueError(
-            f"{file} has {reader.GetDimension()} axes and {reader.GetNumberOfComponents()} value(s) a voxel; wanted a "
-            "3D volume with one. 2D and 4D images cannot be refined."
-        )
-    return Header(reader.GetSize(), reader.GetSpacing(), reader.GetOrigin(), reader.GetDirection())
-
-
-def refuse_damaged(file: Path) -> None:
-    """Decompress to the end: readers take what a truncated NIfTI file lacks as zeros, without a word.
-
-    Raises:
-        ValueError: it is truncated or damaged.
-    """
-    if file.suffix != ".gz":
-        return
-    try:
-        with gzip.open(file) as stream:
-            while stream.read(1 << 20):
-                pass
-    except (EOFError, zlib.error, OSError) as error:
-        raise ValueError(f"{file} is truncated or damaged: {error}") from error
 
 
 # Writing

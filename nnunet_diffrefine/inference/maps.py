@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from nnunet_diffrefine.batch import Foreground
+from nnunet_diffrefine.errors.probability import error_of
 
 
 def error_probability(logits: Tensor, evidence: Tensor | None, prior: Tensor, foreground: Foreground) -> Tensor:
     """Probability in [0, 1], (B, *S), that the prior's decision is wrong.
 
-    Exclusive classes: one less the probability of the class that the prior decided. Regions: the largest difference
-    between a region's probability and the prior's decision on it. Methods that predict errors: the largest of theirs.
+    That of :func:`~nnunet_diffrefine.errors.probability.error_of` with the probabilities of the corrected mask. Methods
+    that predict errors: the largest of theirs.
 
     Args:
         logits: of the corrected mask, (B, H, *S).
@@ -25,11 +26,7 @@ def error_probability(logits: Tensor, evidence: Tensor | None, prior: Tensor, fo
     """
     if evidence is not None:
         return torch.sigmoid(evidence).amax(1)
-    p, hard = foreground.probabilities(logits), foreground.decide(foreground.logits(prior))
-    if not foreground.exclusive:
-        return (p - hard).abs().amax(1)
-    decided = torch.where(hard.amax(1) > 0, (p * hard).sum(1), 1 - p.sum(1))
-    return (1 - decided).clamp(0, 1)
+    return error_of(foreground.probabilities(logits), prior, foreground)
 
 
 class Spread:

@@ -19,6 +19,7 @@ from nnunetv2.utilities.label_handling.label_handling import determine_num_input
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor, nn
 
+from nnunet_diffrefine.calibration.record import Record
 from nnunet_diffrefine.config import BLOCK
 from nnunet_diffrefine.methods.composition import ComposedMethod
 from nnunet_diffrefine.networks.refinement import RefinementNetwork
@@ -39,6 +40,7 @@ class Model:
         configuration: name of the configuration.
         dataset_json: of the model folder.
         folder: the model folder.
+        record: of the calibration that holds for these folds, or None.
     """
 
     network: RefinementNetwork
@@ -47,6 +49,7 @@ class Model:
     configuration: str
     dataset_json: dict[str, Any]
     folder: Path
+    record: Record | None = None
 
     @property
     def method(self) -> ComposedMethod:
@@ -54,10 +57,19 @@ class Model:
         return cast(ComposedMethod, self.network.method)
 
     @property
+    def settings(self) -> Any:  # noqa: ANN401 (nnU-Net's ConfigurationManager)
+        """The configuration, with what it inherits."""
+        return PlansManager(self.plans).get_configuration(self.configuration)
+
+    @property
     def patch(self) -> tuple[int, int, int]:
         """Size of a window."""
-        configuration = PlansManager(self.plans).get_configuration(self.configuration)
-        return cast("tuple[int, int, int]", tuple(configuration.patch_size))
+        return cast("tuple[int, int, int]", tuple(self.settings.patch_size))
+
+    @property
+    def labels(self) -> Any:  # noqa: ANN401 (nnU-Net's LabelManager)
+        """nnU-Net's label manager."""
+        return PlansManager(self.plans).get_label_manager(self.dataset_json)
 
     def folds(self) -> Iterator[RefinementNetwork]:
         """The network with each fold's weights in turn."""
@@ -126,11 +138,17 @@ def with_sampling(plans: dict[str, Any], configuration: str, sampling: Mapping[s
     return plans
 
 
+def trained_folds(folder: Path, checkpoint_name: str) -> list[int]:
+    """The folds of a model folder that have a checkpoint of this name."""
+    names = [file.parent.name.removeprefix("fold_") for file in folder.glob(f"fold_*/{checkpoint_name}")]
+    return sorted(int(name) for name in names if name.isdigit())
+
+
 def _checkpoints(folder: Path, folds: Sequence[int], name: str) -> list[Path]:
     files = [folder / f"fold_{fold}" / name for fold in folds]
     if missing := [str(fold) for fold, file in zip(folds, files, strict=True) if not file.is_file()]:
-        trained = sorted(file.parent.name.removeprefix("fold_") for file in folder.glob(f"fold_*/{name}"))
-        has = f"-f {' '.join(trained)}" if trained else "none"
+        trained = trained_folds(folder, name)
+        has = f"-f {' '.join(map(str, trained))}" if trained else "none"
         raise RuntimeError(f"Fold(s) {' '.join(missing)} (-f) have no {name} in {folder}; trained folds: {has}.")
     return files
 

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from scipy.ndimage import gaussian_filter
 
-from nnunet_diffrefine.inference.files import CaseFiles, refuse_damaged
+from nnunet_diffrefine.image_files import refuse_damaged
+from nnunet_diffrefine.inference.files import CaseFiles
 from nnunet_diffrefine.inference.geometry import Geometry
 
 RANGE_TOLERANCE = 1e-3

@@ -13,6 +13,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from nnunet_diffrefine.calibration.scaling import Scaling
+from nnunet_diffrefine.errors.probability import error_of
 from nnunet_diffrefine.inference.maps import Spread, error_probability
 from nnunet_diffrefine.inference.windows import Window, WindowedDenoiser, hull, shifted, windows_over
 from nnunet_diffrefine.methods.composition import ComposedMethod
@@ -36,6 +38,9 @@ class RefineOptions:
         on_device: keep volumes and state there as well; otherwise on the CPU.
         error_map: compute :attr:`Refined.error`.
         uncertainty: compute :attr:`Refined.spread`.
+        probabilities: compute :attr:`Refined.probabilities`.
+        scaling: calibration of the error; None for the refiner's own.
+        dice_scaling: calibration of the probabilities; None for the refiner's own.
         layout: region, foreground seen (both bool (D, H, W)) and patch -> windows.
     """
 
@@ -43,6 +48,9 @@ class RefineOptions:
     on_device: bool = True
     error_map: bool = False
     uncertainty: bool = False
+    probabilities: bool = False
+    scaling: Scaling | None = None
+    dice_scaling: Scaling | None = None
     layout: Layout = windows_over
 
 
@@ -51,11 +59,13 @@ class Refined:
     """A refined volume; all tensors on the CPU.
 
     Attributes:
-        logits: nnU-Net's logits (H, D, H, W); outside of the region exactly those of the prior.
+        logits: nnU-Net's logits (H, D, H, W), through the gate; outside of the region exactly those of the prior.
         changed: voxels that differ from the prior, bool (D, H, W).
         windows: how many windows were visited.
         error: probability that the prior's decision is wrong, (D, H, W), or None.
         spread: standard deviation over samples and folds, (D, H, W), or None.
+        probabilities: how likely each class is the true one, (R, D, H, W), or None: the refiner's, whatever the gate
+            says, or calibrated by ``dice_scaling``; the prior's where nothing was refined.
     """
 
     logits: Tensor
@@ -63,15 +73,13 @@ class Refined:
     windows: int
     error: Tensor | None = None
     spread: Tensor | None = None
+    probabilities: Tensor | None = None
 
     def cut(self, padding: Sequence[int], shape: Sequence[int]) -> Refined:
         """Without the padding around a volume of ``shape``."""
         inside: Any = tuple(slice(start, start + n) for start, n in zip(padding[-2::-2], shape, strict=True))
-        error = None if self.error is None else self.error[inside]
-        spread = None if self.spread is None else self.spread[inside]
-        return replace(
-            self, logits=self.logits[(..., *inside)], changed=self.changed[inside], error=error, spread=spread
-        )
+        tensors: Any = {key: value for key, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **{key: value[(..., *inside)] for key, value in tensors.items()})
 
 
 @torch.inference_mode()
@@ -129,7 +137,8 @@ def _unrefined(network: RefinementNetwork, prior: Tensor, options: RefineOptions
     logits = network.foreground.logits(prior[None])
     none = torch.zeros(prior.shape[1:])
     error = error_probability(logits, None, prior[None], network.foreground)[0] if options.error_map else None
-    return Refined(logits[0], none > 0, 0, error, none if options.uncertainty else None)
+    p = prior.clone() if options.probabilities else None
+    return Refined(logits[0], none > 0, 0, error, none if options.uncertainty else None, p)
 
 
 class _Folds:
@@ -142,11 +151,12 @@ class _Folds:
         self.error: Any = 0.0
         self.spread = Spread()
         self.foreground: Any = None
+        self.gate: Any = None
 
     def add(self, network: RefinementNetwork, image: Tensor, prior: Tensor) -> None:
         """Sample one fold."""
         method, weight = cast(ComposedMethod, network.method), network.sampling.stage_one_weight
-        self.foreground, self.folds = network.foreground, self.folds + 1
+        self.foreground, self.gate, self.folds = network.foreground, network.gate, self.folds + 1
 
         def decided(evidence: Tensor) -> Tensor:
             logits = method.decide(evidence, prior, network.thresholds).float()
@@ -155,7 +165,7 @@ class _Folds:
         evidence = self._evidence(network, method, image, prior)
         logits = decided(evidence[:1])
         self.logits = self.logits + logits
-        if self.options.error_map:
+        if self.options.error_map and self.options.scaling is None:
             errors = evidence[:1] if method.flips else None
             self.error = self.error + error_probability(logits, errors, prior, self.foreground)
         for one in evidence[1:].split(1) if len(evidence) > 1 else ():
@@ -182,16 +192,30 @@ class _Folds:
         covered = torch.zeros_like(region)
         for window in self.windows:
             covered[window] = True
-        taken, logits = region & covered, (self.logits / self.folds).cpu()
-        p, before = (self.foreground.probabilities(x)[0] for x in (logits, base.logits[(..., *box)][None]))
+        taken, refined, prior = region & covered, (self.logits / self.folds).cpu(), base.logits[(..., *box)][None]
+        self._put_estimates(base, box, taken, refined, prior)
+        logits = self.gate(refined, prior)
+        p, before = (self.foreground.probabilities(x)[0] for x in (logits, prior))
         changed = taken & ((p - before).abs().amax(0) >= UNCHANGED)
         _put(base.logits, box, logits[0], changed)
         _put(base.changed, box, changed, changed)
-        if base.error is not None:
-            _put(base.error, box, (self.error / self.folds)[0].cpu(), taken)
         if base.spread is not None:
             _put(base.spread, box, self.spread.deviation()[0].cpu(), taken)
         return replace(base, windows=len(self.windows))
+
+    def _put_estimates(self, base: Refined, box: Window, taken: Tensor, refined: Tensor, prior: Tensor) -> None:
+        """Probabilities and error where windows are, of refined and prior logits (1, H, *S); the gate plays no part."""
+        foreground, options = self.foreground, self.options
+        if base.probabilities is not None:
+            scaling = options.dice_scaling
+            p = scaling(refined, prior, foreground) if scaling else foreground.probabilities(refined)
+            _put(base.probabilities, box, p[0], taken)
+        if base.error is not None:
+            error = self.error / self.folds
+            if options.scaling is not None:
+                p = options.scaling(refined, prior, foreground)
+                error = error_of(p, foreground.probabilities(prior), foreground)
+            _put(base.error, box, error[0].cpu(), taken)
 
 
 def _put(volume: Tensor, box: Window, values: Tensor, where: Tensor) -> None:

@@ -25,6 +25,7 @@ class Request:
     samples: int | None = None
     seed: int | None = None
     region: Mapping[str, Any] | None = None
+    gate: bool = True
     soften: float = 0.0
     save_probabilities: bool = False
     save_uncertainty: bool = False

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import Tensor, nn
 
 from nnunet_diffrefine.networks.refinement import RefinementNetwork
@@ -60,3 +62,11 @@ def volume_predictor(
 def whole(data: Any) -> Tensor:  # noqa: ANN401 (lazy arrays)
     """All of a lazy array (C, D, H, W) as a tensor."""
     return torch.from_numpy(data[(slice(None),) * 4])
+
+
+def references(segmentation: np.ndarray, labels: LabelManager) -> tuple[Tensor, Tensor]:
+    """Reference (R, D, H, W) and valid mask (1, D, H, W), both bool, of a preprocessed label map (1, D, H, W)."""
+    groups = labels.foreground_regions if labels.has_regions else labels.foreground_labels
+    reference = np.stack([np.isin(segmentation[0], group) for group in groups])
+    valid = segmentation != labels.ignore_label if labels.has_ignore_label else np.ones_like(segmentation, bool)
+    return torch.from_numpy(reference), torch.from_numpy(valid)

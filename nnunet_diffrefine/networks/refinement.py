@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from nnunet_diffrefine.batch import Foreground
 from nnunet_diffrefine.config import SamplingConfig
 from nnunet_diffrefine.networks.denoiser import TimeConditionedUNet
+from nnunet_diffrefine.networks.gate import Gate
 
 
 class Refiner(Protocol):
@@ -71,6 +72,8 @@ class RefinementNetwork(nn.Module):
         sampling: settings of the result.
         stage_one_axes: spatial axes over whose mirrored copies stage one is averaged; empty for none.
         refiner_axes: the same for the refiner, as many copies as the settings say.
+        gate: which classes are refined; None for all. Only :meth:`forward` obeys it, so a training sees the refiner
+            as it is.
     """
 
     def __init__(
@@ -82,6 +85,7 @@ class RefinementNetwork(nn.Module):
         sampling: SamplingConfig,
         stage_one_axes: Sequence[int] = (),
         refiner_axes: Sequence[int] = (),
+        gate: Gate | None = None,
     ) -> None:
         super().__init__()
         self.stage_one = stage_one.requires_grad_(False)
@@ -92,6 +96,7 @@ class RefinementNetwork(nn.Module):
         self.thresholds: Tensor
         self.stage_one_axes = tuple(stage_one_axes)
         self.refiner_axes = tuple(refiner_axes)
+        self.gate = gate or Gate(foreground)
         # In the checkpoint of methods that flip alone: thresholds are calibrated once the training is over.
         self.register_buffer("thresholds", method.initial_thresholds(), persistent=method.flips)
         # Frozen stage one has nothing to synchronise; ranks may differ in their number of forward passes (recycling).
@@ -108,7 +113,8 @@ class RefinementNetwork(nn.Module):
         """Without ``t``: refined logits of image ``x`` (B, C, *S). With ``t`` (B,): the denoiser, as in training."""
         if t is not None:
             return self.denoiser(x, t)
-        return self.refined(x, self.stage_one_logits(x))
+        stage_one = self.stage_one_logits(x)
+        return stage_one if self.gate.closed else self.gate(self.refined(x, stage_one), stage_one)
 
     def stage_one_logits(self, image: Tensor) -> Tensor:
         """Stage one's logits (B, H, *S), averaged over mirrored copies.

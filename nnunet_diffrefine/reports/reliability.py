@@ -141,7 +141,7 @@ def _measure_case(files: CaseFiles, volumes: Volumes) -> tuple[Histogram, Histog
     ignore = ignored(files.reference, volumes.classes)
     wrong = wrong_voxels(reference, prediction, ignore)
     scored = np.ones_like(wrong) if ignore is None else ~ignore
-    near = scored & surface_band(list(prediction.values()), files.geometry.spacing[::-1])
+    near = scored & surface_band(list(prediction.values()), files.header.spacing[::-1])
     return histogram(probability[scored], wrong[scored]), histogram(probability[near], wrong[near])
 
 

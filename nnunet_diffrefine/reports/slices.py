@@ -83,12 +83,12 @@ def read_slice(files: CaseFiles, volumes: Volumes) -> Slice:
     ignore = ignored(files.reference, volumes.classes)
     ignore = np.zeros_like(next(iter(masks[0].values()))) if ignore is None else ignore
     errors = wrong_voxels(masks[0], masks[1], ignore) | wrong_voxels(masks[0], masks[2], ignore)
-    wrong, spacing = to_lps(errors, files.geometry)
-    present, _ = to_lps(np.any(list(masks[0].values()), axis=0), files.geometry)
+    wrong, spacing = to_lps(errors, files.header)
+    present, _ = to_lps(np.any(list(masks[0].values()), axis=0), files.header)
     axis, index = find_plane(wrong if wrong.any() else present, spacing)
 
     def cut(volume: np.ndarray) -> np.ndarray:
-        plane = np.take(to_lps(volume, files.geometry)[0], index, axis)
+        plane = np.take(to_lps(volume, files.header)[0], index, axis)
         return plane if axis == 0 else plane[::-1]  # superior on top
 
     reference, stage_one, refined = ({name: cut(mask) for name, mask in found.items()} for found in masks)

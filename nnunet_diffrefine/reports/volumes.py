@@ -11,7 +11,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from nnunet_diffrefine.evaluation.classes import Classes, read_classes
-from nnunet_diffrefine.evaluation.geometry import Geometry, read_geometry, read_labels
+from nnunet_diffrefine.image_files import Header, read_array, read_header, read_labels
 
 SHOWN = 5
 
@@ -46,9 +46,9 @@ class Folders:
 
 @dataclass(frozen=True)
 class CaseFiles:
-    """A case's files and their common geometry, that of the reference."""
+    """A case's files and their common header, that of the reference."""
 
-    geometry: Geometry
+    header: Header
     images: tuple[Path, ...]
     reference: Path
     stage_one: Path
@@ -90,7 +90,7 @@ def find_volumes(folders: Folders, cases: Iterable[str]) -> Volumes:
         shown = tuple(channel[case] for channel in images if channel)
         reference, stage_one = found["-gt"][case], found["-s"][case]
         maps = (found[option].get(case) for option in ("-r", "--error_maps", "--uncertainty"))
-        files[case] = CaseFiles(read_geometry(reference), shown, reference, stage_one, *maps)
+        files[case] = CaseFiles(read_header(reference), shown, reference, stage_one, *maps)
     _refuse_other_grids(files)
     return Volumes(channels, classes, files)
 
@@ -121,12 +121,11 @@ def _refuse_other_grids(cases: dict[str, CaseFiles]) -> None:
     faults = []
     for case in cases.values():
         for file in (*case.images, case.stage_one, case.refined, case.error_map, case.uncertainty):
-            if file is not None and (differences := case.geometry.differences(read_geometry(file))):
+            if file is not None and (differences := case.header.differences(read_header(file))):
                 faults.append(f"{file}: {'; '.join(differences)}")
     if faults:
         raise ValueError(
-            f"{len(faults)} files do not lie on their reference's grid ('prediction' is the file):\n  "
-            + "\n  ".join(faults[:SHOWN])
+            f"{len(faults)} files do not lie on their reference's grid, having\n  " + "\n  ".join(faults[:SHOWN])
         )
 
 
@@ -138,9 +137,9 @@ def read_image(file: Path) -> np.ndarray:
     """A channel (D, H, W) as float32; what is not finite becomes the smallest finite value.
 
     Raises:
-        ValueError: unreadable.
+        ValueError: unreadable or damaged.
     """
-    image = _read(file)
+    image = read_array(file).astype(np.float32)
     finite = np.isfinite(image)
     return image if finite.all() else np.where(finite, image, image[finite].min(initial=0))
 
@@ -149,9 +148,9 @@ def read_map(file: Path, largest: float = np.inf) -> np.ndarray:
     """An error map or uncertainty (D, H, W) as float32, values from 0 to ``largest``.
 
     Raises:
-        ValueError: unreadable, or values outside the range, NaN among them.
+        ValueError: unreadable or damaged, or values outside the range, NaN among them.
     """
-    values = _read(file)
+    values = read_array(file).astype(np.float32)
     wrong = ~((values >= 0) & (values <= largest + 1e-4))  # written so that NaN is wrong; rounding of stored maps
     if wrong.any():
         raise ValueError(
@@ -161,18 +160,11 @@ def read_map(file: Path, largest: float = np.inf) -> np.ndarray:
     return np.minimum(values, np.float32(largest))
 
 
-def _read(file: Path) -> np.ndarray:
-    try:
-        return sitk.GetArrayFromImage(sitk.ReadImage(str(file))).astype(np.float32)
-    except RuntimeError as error:
-        raise ValueError(f"{file} cannot be read: {str(error).strip().splitlines()[-1]}") from error
-
-
 def read_masks(file: Path, classes: Classes) -> dict[str, np.ndarray]:
     """The boolean mask (D, H, W) of each class.
 
     Raises:
-        ValueError: unreadable, or no label map.
+        ValueError: unreadable or damaged, or no label map.
     """
     return classes.masks(read_labels(file))
 
@@ -190,7 +182,7 @@ def wrong_voxels(
     return wrong if ignore is None else wrong & ~ignore
 
 
-def to_lps(array: np.ndarray, geometry: Geometry) -> tuple[np.ndarray, tuple[float, float, float]]:
+def to_lps(array: np.ndarray, header: Header) -> tuple[np.ndarray, tuple[float, float, float]]:
     """Turn a volume (D, H, W) so that its axes run to superior, posterior and left, as nearly as they can.
 
     Returns:
@@ -198,8 +190,8 @@ def to_lps(array: np.ndarray, geometry: Geometry) -> tuple[np.ndarray, tuple[flo
         radiologists view them: anterior above, the patient's right on the left.
     """
     image = sitk.GetImageFromArray(array.astype(np.uint8) if array.dtype == bool else array)
-    image.SetSpacing(geometry.spacing)
-    image.SetDirection(geometry.direction)
+    image.SetSpacing(header.spacing)
+    image.SetDirection(header.direction)
     turned = sitk.DICOMOrient(image, "LPS")
     x, y, z = turned.GetSpacing()
     return sitk.GetArrayFromImage(turned).astype(array.dtype), (z, y, x)

@@ -6,6 +6,7 @@ from typing import Any
 
 from nnunet_diffrefine.methods import METHODS, AbstractRefineMethod
 from nnunet_diffrefine.networks.build import build_denoiser
+from nnunet_diffrefine.networks.gate import Gate
 from nnunet_diffrefine.networks.planned import stage_one_network
 from nnunet_diffrefine.networks.refinement import RefinementNetwork
 from nnunet_diffrefine.plans import read_block
@@ -28,7 +29,7 @@ def build_network(
         deep_supervision: whether the denoiser returns all its outputs.
 
     Raises:
-        ConfigError: the plans hold no resolved block.
+        ConfigError: the plans hold no resolved block, or a gate of unknown classes.
     """
     config, resolved = read_block(configuration.configuration)
     foreground = resolved.channels()
@@ -51,4 +52,5 @@ def build_network(
         config.sampling,
         stage_one_axes=axes if config.stage_one.mirroring else (),
         refiner_axes=axes,
+        gate=Gate.from_settings(config.gate, foreground),
     )

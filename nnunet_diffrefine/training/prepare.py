@@ -18,7 +18,7 @@ from nnunet_diffrefine.paths import (
     model_folder,
     splits_file,
 )
-from nnunet_diffrefine.plans import Resolved, settings, with_block
+from nnunet_diffrefine.plans import GATE, Resolved, merge, settings, with_block, with_gate
 from nnunet_diffrefine.stage_one.fingerprint import resolve_configuration
 from nnunet_diffrefine.stage_one.leak import open_export
 from nnunet_diffrefine.stage_one.manifest import Manifest
@@ -76,9 +76,9 @@ def prepare(
     foreground = replace(manifest.foreground.foreground, parents=_parents(manifest, dataset_json))
     resolved = Resolved(asdict(foreground), asdict(manifest.stage_one))
     checkpoint = _checkpoint(dataset, stage_one, manifest, int(fold))
-    plans = with_block(plans, configuration, config, resolved)
     own_folder = model_folder(dataset, own)
-    refuse_mixed_settings(own_folder, fold, plans, configuration)
+    plans = with_block(plans, configuration, config, resolved)
+    plans = refuse_mixed_settings(own_folder, fold, plans, configuration, RefineConfig().to_dict())
     _refuse_read_only(own_folder)
     return Prepared(plans, config, resolved, store, checkpoint)
 
@@ -96,13 +96,10 @@ def find_export(dataset: str, wanted: StageOneConfig, own: StageOneId, method: s
         RuntimeError: none fits, or several do.
     """
     root = exports_folder(dataset)
-    found = [StageOneId.from_name(f.parent.name) for f in sorted(root.glob(f"*__*__*/{MANIFEST}"))]
-    fitting = [i for i in found if all(getattr(wanted, k) in ("auto", getattr(i, k)) for k in _ID_KEYS)]
-    same = [i for i in fitting if (i.plans, i.configuration) == (own.plans, own.configuration)]
-    fitting = same or fitting
+    found, fitting = exported(root, wanted, own)
     if not fitting:
         default = StageOneId("nnUNetTrainer", own.plans, own.configuration)
-        named = {key: getattr(wanted, key) for key in _ID_KEYS if getattr(wanted, key) != "auto"}
+        named = {key: getattr(wanted, key) for key in ID_KEYS if getattr(wanted, key) != "auto"}
         meant = "".join(f", stage_one.{key}={value}" for key, value in named.items())
         there = f" Exports there are: {', '.join(i.name for i in found)}." if found else ""
         raise RuntimeError(
@@ -110,7 +107,7 @@ def find_export(dataset: str, wanted: StageOneConfig, own: StageOneId, method: s
             f"  {export_command(dataset, replace(default, **named))}"
         )
     if len(fitting) > 1:
-        choice = " ".join(f"stage_one.{key}={getattr(fitting[0], key)}" for key in _ID_KEYS)
+        choice = " ".join(f"stage_one.{key}={getattr(fitting[0], key)}" for key in ID_KEYS)
         raise RuntimeError(
             f"Several stage ones are exported for {dataset}: {', '.join(i.name for i in fitting)}. Choose one with\n"
             f"  nnUNetv2_diffrefine plan -d {dataset} -c {own.configuration} -p {own.plans} -m {method} -o NEW_PLANS "
@@ -119,14 +116,28 @@ def find_export(dataset: str, wanted: StageOneConfig, own: StageOneId, method: s
     return fitting[0]
 
 
-_ID_KEYS = ("trainer", "plans", "configuration")
+ID_KEYS = ("trainer", "plans", "configuration")
 
 
-def refuse_mixed_settings(folder: Path, fold: int | str, plans: dict[str, Any], configuration: str) -> None:
+def exported(root: Path, wanted: object, own: StageOneId) -> tuple[list[StageOneId], list[StageOneId]]:
+    """All exports in a folder, and those that the settings allow: the ones of our own plans, where there are any."""
+    found = [StageOneId.from_name(file.parent.name) for file in sorted(root.glob(f"*__*__*/{MANIFEST}"))]
+    fitting = [one for one in found if all(getattr(wanted, key) in ("auto", getattr(one, key)) for key in ID_KEYS)]
+    same = [one for one in fitting if (one.plans, one.configuration) == (own.plans, own.configuration)]
+    return found, same or fitting
+
+
+def refuse_mixed_settings(
+    folder: Path, fold: int | str, plans: dict[str, Any], configuration: str, defaults: dict[str, Any]
+) -> dict[str, Any]:
     """Refuse to train a fold into a model folder whose other folds, or its own past, have other settings.
 
     nnU-Net keeps one ``plans.json`` a model folder, so folds of different settings cannot share it. A fold that is
-    trained anew may change them; one that is continued (``--c``) may not.
+    trained anew may change them; one that is continued (``--c``) may not. The gate is no setting of a training but
+    measured on trained folds. Settings that the folder's version of this package did not have count as ``defaults``.
+
+    Returns:
+        The plans with the gate of the folds that stay.
 
     Raises:
         RuntimeError: a trained fold that stays was made with other settings.
@@ -135,16 +146,19 @@ def refuse_mixed_settings(folder: Path, fold: int | str, plans: dict[str, Any], 
     others = trained if plans.get("continue_training") else trained - {f"fold_{fold}"}
     file = folder / "plans.json"
     if not others or not file.is_file():
-        return
+        return plans
     before = json.loads(file.read_text())["configurations"].get(configuration, {}).get(BLOCK)
     now = json.loads(json.dumps(plans["configurations"][configuration][BLOCK]))
-    if before is not None and before != now:
-        differing = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
+    if before is None:
+        return plans
+    had = merge(defaults, before)
+    if differing := sorted(key for key in {*had, *now} - {GATE} if had.get(key) != now.get(key)):
         raise RuntimeError(
             f"{folder} holds {', '.join(sorted(others))} trained with other diffrefine settings "
             f"({', '.join(differing)}). Train this fold with the same settings, or write the new ones under another "
             "plans name (nnUNetv2_diffrefine plan -d DATASET -o NEW_PLANS) and train with -p NEW_PLANS."
         )
+    return with_gate(plans, configuration, before[GATE]) if GATE in before else plans
 
 
 def _checkpoint(dataset: str, stage_one: StageOneId, manifest: Manifest, fold: int) -> Path:

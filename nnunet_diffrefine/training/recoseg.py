@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -26,7 +25,6 @@ from nnunet_diffrefine.methods.recoseg_settings import (
     to_dict,
 )
 from nnunet_diffrefine.paths import (
-    MANIFEST,
     StageOneId,
     fold_folder,
     model_folder,
@@ -43,10 +41,9 @@ from nnunet_diffrefine.stage_one.mending import train_commands
 from nnunet_diffrefine.stage_one.residual import median_quantile
 from nnunet_diffrefine.stage_one.splits import read_splits
 from nnunet_diffrefine.stage_one.store import PriorStore
-from nnunet_diffrefine.training.prepare import refuse_mixed_settings
+from nnunet_diffrefine.training.prepare import ID_KEYS, exported, refuse_mixed_settings
 
 STANDARDISED = ("ZScoreNormalization", "CTNormalization")
-KEYS = ("trainer", "plans", "configuration")
 Config = TypeVar("Config", SynthesisConfig, ReCoSegConfig)
 
 
@@ -110,7 +107,8 @@ def prepare_synthesis(
     own = StageOneId(trainer, plans["plans_name"], configuration)
     _refuse_fold(plans["dataset_name"], own, fold)
     plans = _with_block(plans, configuration, to_dict(config), asdict(channel))
-    refuse_mixed_settings(model_folder(plans["dataset_name"], own), fold, plans, configuration)
+    folder = model_folder(plans["dataset_name"], own)
+    refuse_mixed_settings(folder, fold, plans, configuration, to_dict(SynthesisConfig()))
     return PreparedSynthesis(plans, config, channel)
 
 
@@ -135,14 +133,13 @@ def prepare_recoseg(
     if (channel := manifest.channel) is None:
         raise RuntimeError(f"{folder} holds no synthesis, although it should. Delete it and export again.")
     _refuse_other_windows(settled["patch_size"], manifest.stage_one.architecture, synthesis)
-    held_out(read_splits(dataset, own)[int(fold)]["train"], config.decision.calibration)
     resolved = {
         "foreground": asdict(manifest.foreground.foreground),
         "synthesis": asdict(manifest.stage_one),
         "channel": asdict(channel),
     }
     plans = _with_block(plans, configuration, to_dict(config), resolved)
-    refuse_mixed_settings(model_folder(dataset, own), fold, plans, configuration)
+    refuse_mixed_settings(model_folder(dataset, own), fold, plans, configuration, to_dict(ReCoSegConfig()))
     checkpoint = fold_folder(dataset, synthesis, fold) / manifest.folds[int(fold)].checkpoint
     return PreparedReCoSeg(plans, config, manifest, channel, store, checkpoint)
 
@@ -154,9 +151,7 @@ def find_synthesis(dataset: str, wanted: SourceConfig, own: StageOneId) -> Stage
         RuntimeError: none fits, or several do.
     """
     root = residuals_folder(dataset)
-    found = [StageOneId.from_name(file.parent.name) for file in sorted(root.glob(f"*__*__*/{MANIFEST}"))]
-    fitting = [one for one in found if all(getattr(wanted, key) in ("auto", getattr(one, key)) for key in KEYS)]
-    fitting = [one for one in fitting if (one.plans, one.configuration) == (own.plans, own.configuration)] or fitting
+    found, fitting = exported(root, wanted, own)
     if len(fitting) == 1:
         return fitting[0]
     if fitting:
@@ -164,33 +159,14 @@ def find_synthesis(dataset: str, wanted: SourceConfig, own: StageOneId) -> Stage
             f"Several syntheses are exported for {dataset}: {', '.join(one.name for one in fitting)}. Choose one with "
             f"synthesis.trainer, synthesis.plans, synthesis.configuration in the plans' '{BLOCK}' block."
         )
-    known = {key: getattr(own, key) if getattr(wanted, key) == "auto" else getattr(wanted, key) for key in KEYS}
+    known = {key: getattr(own, key) if getattr(wanted, key) == "auto" else getattr(wanted, key) for key in ID_KEYS}
     if wanted.trainer == "auto":
         known["trainer"] = Synthesis.trainer
     there = f" There are: {', '.join(one.name for one in found)}." if found else ""
     raise RuntimeError(
         f"No out-of-fold synthesis in {root} for {own.name}.{there} Train it in every fold; each exports itself: "
-        f"{train_commands(dataset, StageOneId(**known), _folds(dataset))}"
+        f"{train_commands(dataset, StageOneId(**known), _folds(dataset, own))}"
     )
-
-
-def held_out(cases: Sequence[str], share: float) -> list[str]:
-    """The training cases kept out for calibration: the same for the same names, whatever their order.
-
-    Args:
-        cases: training cases of the fold.
-        share: of them, rounded up; at least one case is left to train on.
-
-    Raises:
-        ConfigError: there is a single case.
-    """
-    number = math.ceil(share * len(cases))
-    if number >= len(cases):
-        raise ConfigError(
-            f"diffrefine setting 'decision.calibration' is {share}, but the fold has {len(cases)} training case(s); "
-            "it must leave some to train on. Set it to 0, which keeps decision.threshold."
-        )
-    return sorted(sorted(cases, key=lambda case: hashlib.sha256(case.encode()).hexdigest())[:number])
 
 
 def _settings(cls: type[Config], configuration: Mapping[str, Any], method: str) -> Config:
@@ -221,19 +197,18 @@ def _settled(plans: dict[str, Any], configuration: str) -> dict[str, Any]:
     return settled
 
 
-def _folds(dataset: str) -> range:
+def _folds(dataset: str, own: StageOneId) -> range:
     """Folds of the splits; nnU-Net's five where it has not written them yet."""
-    file = splits_file(dataset)
-    return range(len(json.loads(file.read_text()))) if file.is_file() else range(5)
+    return range(len(read_splits(dataset, own))) if splits_file(dataset).is_file() else range(5)
 
 
 def _refuse_fold(dataset: str, own: StageOneId, fold: int | str) -> None:
+    folds = _folds(dataset, own)
     if fold == "all":
         raise RuntimeError(
             "Fold 'all' trains on every case, so no residual of it is out-of-fold, and neither training is possible. "
-            f"Train the folds of the cross-validation: {train_commands(dataset, own, _folds(dataset))}"
+            f"Train the folds of the cross-validation: {train_commands(dataset, own, folds)}"
         )
-    folds = range(len(read_splits(dataset, own))) if splits_file(dataset).is_file() else range(5)
     if int(fold) not in folds:
         raise RuntimeError(f"Fold {fold} is not in {splits_file(dataset)}, which defines folds 0..{folds[-1]}.")
 

@@ -20,10 +20,12 @@ from nnunet_diffrefine.networks.denoiser import TimeConditionedUNet
 from nnunet_diffrefine.networks.refinement import RefinementNetwork
 from nnunet_diffrefine.training.build import build_network
 from nnunet_diffrefine.training.curves import RefinementCurves
-from nnunet_diffrefine.training.optimisation import WarmupCosine, ema_model, mixed_precision
+from nnunet_diffrefine.training.optimisation import WarmupCosine, mixed_precision
 from nnunet_diffrefine.training.prepare import prepare
 from nnunet_diffrefine.training.trainer_averaged import AveragedTrainer
+from nnunet_diffrefine.training.trainer_base import network_weights
 from nnunet_diffrefine.training.trainer_calibration import calibrate, hand_to_best_checkpoint, held_out
+from nnunet_diffrefine.training.trainer_evaluation import evaluate_validation
 from nnunet_diffrefine.training.trainer_hits import hits, pooled_dice
 
 STAGE_ONE = "stage_one_"
@@ -33,10 +35,10 @@ class DiffRefineTrainer(AveragedTrainer):
     """Train a refiner on stage one's out-of-fold predictions, on any 3D configuration nnU-Net planned.
 
     Overridden hooks beside those of :class:`AveragedTrainer`, everything else is nnU-Net's: ``__init__`` (checks),
-    ``build_network_architecture``, ``initialize`` (stage one's weights), ``configure_optimizers``, ``do_split`` (cases
-    kept out for the thresholds), datasets and transforms (the prior travels along), ``train_step``,
+    ``build_network_architecture``, ``initialize`` (a loss for validation), ``configure_optimizers``, ``do_split``
+    (cases kept out for the thresholds), datasets and transforms (the prior travels along), ``train_step``,
     ``validation_step`` and the epoch hooks around them, ``set_deep_supervision_enabled``, ``on_train_end``
-    (thresholds), ``perform_actual_validation`` (with the averaged weights).
+    (thresholds), ``perform_actual_validation`` (with the averaged weights; ``metrics.csv`` beside ``summary.json``).
     """
 
     method: ClassVar[str] = DEFAULT_METHOD
@@ -74,21 +76,23 @@ class DiffRefineTrainer(AveragedTrainer):
         )
 
     def initialize(self) -> None:
-        """nnU-Net's set-up, then stage one's weights, the averaged denoiser and, on CUDA, its compilation."""
+        """The set-up, and the loss of one output scale."""
         super().initialize()
+        wanted, self.enable_deep_supervision = self.enable_deep_supervision, False
+        self.validation_loss = self._build_loss()
+        self.enable_deep_supervision = wanted
+
+    def prepare_weights(self) -> None:
+        """Stage one's weights, which the denoiser may start from."""
         network = self.refinement
         if self.is_ddp and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in network.denoiser.modules()):
             raise NotImplementedError("Several GPUs with batch normalisation: use plans with instance normalisation.")
-        checkpoint = torch.load(self.stage_one_checkpoint, map_location="cpu", weights_only=False)
-        weights = {k.removeprefix("module."): v for k, v in checkpoint["network_weights"].items()}
+        weights = network_weights(self.stage_one_checkpoint)
         network.stage_one.load_state_dict(weights)
         if self.config.training.initial_weights == "stage_one":
             copied = network.denoiser.start_from(weights)
             self.print_to_log_file(f"The denoiser starts from {copied} tensors of stage one.")
-            self.ema = ema_model(network.denoiser, self.config.training.ema_decay)
-        wanted, self.enable_deep_supervision = self.enable_deep_supervision, False
-        self.validation_loss = self._build_loss()
-        self.enable_deep_supervision = wanted
+        super().prepare_weights()
 
     @property
     def refinement(self) -> RefinementNetwork:
@@ -218,9 +222,10 @@ class DiffRefineTrainer(AveragedTrainer):
         self.curves = RefinementCurves(*(list(column) for column in state["curves"]))
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
-        """nnU-Net's validation of the network that users get: averaged weights, stage one inside."""
+        """nnU-Net's validation of the network that users get: averaged weights, stage one inside; then our metrics."""
         with self.averaged_weights():
             super().perform_actual_validation(save_probabilities)
+        evaluate_validation(self)
 
 
 def _prior_channels(arguments: dict) -> int:

@@ -5,34 +5,29 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import Tensor, nn
 
 from nnunet_diffrefine.training.optimisation import ema_model, swapped_weights
+from nnunet_diffrefine.training.trainer_base import BaseTrainer
 
 EXTRA = "diffrefine"
 
 
-class AveragedTrainer(nnUNetTrainer):
+class AveragedTrainer(BaseTrainer):
     """nnU-Net's trainer around a denoiser whose exponential moving average (EMA) is used for inference.
 
     Checkpoints hold the averaged weights as ``network_weights``, because that is what nnU-Net loads for inference, and
     the raw ones under ``diffrefine``, because that is what ``--c`` continues from.
     """
 
-    length: ClassVar[dict[str, int]] = {}
-    """nnU-Net's attributes that a shorter variant changes, such as ``num_epochs``."""
-    config: Any
     generator: torch.Generator
 
     def take_settings(self, config: Any) -> None:  # noqa: ANN401 (a settings dataclass)
         """Keep the settings and pass on to nnU-Net what it has its own attributes for; to be called by constructors."""
-        self.config = config
-        for name, value in self.length.items():
-            setattr(self, name, value)
+        super().take_settings(config)
         self.initial_lr = config.training.learning_rate
         self.weight_decay = config.training.weight_decay
         self.generator = torch.Generator(device=self.device)
@@ -42,22 +37,14 @@ class AveragedTrainer(nnUNetTrainer):
         """The part of the network that is trained."""
         raise NotImplementedError
 
-    def initialize(self) -> None:
-        """nnU-Net's set-up, the averaged denoiser and, where nnU-Net compiles, its compilation."""
-        super().initialize()
+    @property
+    def trained(self) -> nn.Module:
+        """The denoiser."""
+        return self.denoiser
+
+    def prepare_weights(self) -> None:
+        """Start the average from the weights that the denoiser starts from."""
         self.ema = ema_model(self.denoiser, self.config.training.ema_decay)
-        if super()._do_i_compile():
-            self.denoiser.compile()
-
-    def _do_i_compile(self) -> bool:
-        # Only the denoiser is compiled (initialize): sampling has branches that depend on the data.
-        return False
-
-    def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple:  # noqa: N802 (nnU-Net's name)
-        """As nnU-Net, but mirroring at inference is the network's own business, so nnU-Net's is switched off."""
-        settings = super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
-        self.inference_allowed_mirroring_axes = None
-        return settings
 
     def on_train_epoch_start(self) -> None:
         """Start an epoch with draws that depend on fold, epoch and rank alone."""

@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import Tensor
 
 from nnunet_diffrefine.data import PriorDataset
-from nnunet_diffrefine.inference.volume import GivenPrior, volume_predictor, whole
+from nnunet_diffrefine.inference.volume import GivenPrior, references, volume_predictor, whole
 
 if TYPE_CHECKING:
     from nnunet_diffrefine.training.trainer import DiffRefineTrainer
@@ -85,14 +84,6 @@ def hand_to_best_checkpoint(trainer: DiffRefineTrainer) -> None:
     temporary = file.with_suffix(".pth.tmp")
     torch.save(checkpoint, temporary)
     os.replace(temporary, file)
-
-
-def references(segmentation: np.ndarray, labels: LabelManager) -> tuple[Tensor, Tensor]:
-    """Reference (R, D, H, W) and valid mask (1, D, H, W), both bool, of a preprocessed label map (1, D, H, W)."""
-    groups = labels.foreground_regions if labels.has_regions else labels.foreground_labels
-    reference = np.stack([np.isin(segmentation[0], group) for group in groups])
-    valid = segmentation != labels.ignore_label if labels.has_ignore_label else np.ones_like(segmentation, bool)
-    return torch.from_numpy(reference), torch.from_numpy(valid)
 
 
 def dice_of_candidates(evidence: Tensor, hard: Tensor, reference: Tensor, valid: Tensor) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,21 +18,21 @@ from nnunet_diffrefine.methods.recoseg import ReCoSeg
 from nnunet_diffrefine.methods.recoseg_settings import ReCoSegConfig
 from nnunet_diffrefine.methods.threshold_sweep import ThresholdSweep
 from nnunet_diffrefine.networks.recoseg import ReCoSegNetwork, StoredChannelNetwork
-from nnunet_diffrefine.training.recoseg import held_out, prepare_recoseg
+from nnunet_diffrefine.training.recoseg import prepare_recoseg
 from nnunet_diffrefine.training.recoseg_build import build_recoseg
+from nnunet_diffrefine.training.trainer_base import BaseTrainer, network_weights
+from nnunet_diffrefine.training.trainer_calibration import held_out
+from nnunet_diffrefine.training.trainer_evaluation import evaluate_validation
 
 
-class ReCoSegTrainer(nnUNetTrainer):
+class ReCoSegTrainer(BaseTrainer):
     """Train a segmentation on the image and its out-of-fold residual, with nnU-Net's loss, optimiser and schedule.
 
-    Overridden hooks, everything else is nnU-Net's: ``__init__`` (checks first), ``build_network_architecture``,
-    ``initialize`` (the synthesis' weights, the residual's scale), ``do_split`` (cases kept out for the thresholds),
-    mirroring axes (mirroring happens inside the network), datasets and transforms (the additional channel travels
-    along), ``set_deep_supervision_enabled``, ``on_train_end`` and ``perform_actual_validation`` (thresholds first).
+    Overridden hooks beside those of :class:`BaseTrainer`, everything else is nnU-Net's: ``__init__`` (checks first),
+    ``build_network_architecture``, ``do_split`` (cases kept out for the thresholds), datasets and transforms (the
+    additional channel travels along), ``set_deep_supervision_enabled``, ``on_train_end`` and
+    ``perform_actual_validation`` (thresholds first, ``metrics.csv`` beside ``summary.json`` afterwards).
     """
-
-    length: ClassVar[dict[str, int]] = {}
-    """nnU-Net's attributes that a shorter variant changes, such as ``num_epochs``."""
 
     def __init__(
         self,
@@ -44,9 +44,8 @@ class ReCoSegTrainer(nnUNetTrainer):
     ) -> None:
         self.prepared = prepare_recoseg(type(self).__name__, plans, configuration, fold, dataset_json)
         super().__init__(self.prepared.plans, configuration, fold, dataset_json, device)
-        self.config: ReCoSegConfig = self.prepared.config
-        for name, value in self.length.items():
-            setattr(self, name, value)
+        self.config: ReCoSegConfig
+        self.take_settings(self.prepared.config)
 
     @staticmethod
     def build_network_architecture(
@@ -59,20 +58,16 @@ class ReCoSegTrainer(nnUNetTrainer):
         """Synthesis plus segmentation, from the plans' ``diffrefine`` block; called by nnU-Net, at prediction too."""
         return build_recoseg(configuration_manager, num_output_channels, enable_deep_supervision)
 
-    def initialize(self) -> None:
-        """nnU-Net's set-up, then the fold's synthesis and scale and, on CUDA, compilation."""
-        super().initialize()
-        checkpoint = torch.load(self.prepared.checkpoint, map_location="cpu", weights_only=False)
-        weights = {name.removeprefix("module."): value for name, value in checkpoint["network_weights"].items()}
-        self.recoseg.synthesis.load_state_dict(weights)
+    def prepare_weights(self) -> None:
+        """The fold's synthesis and scale."""
+        self.recoseg.synthesis.load_state_dict(network_weights(self.prepared.checkpoint))
         self.recoseg.scale.copy_(self.prepared.scale(self.do_split()[0]))
         self.print_to_log_file(f"Residuals are divided by {float(self.recoseg.scale):.3f} standard deviations.")
-        if super()._do_i_compile():
-            self.recoseg.segmenter.compile()
 
-    def _do_i_compile(self) -> bool:
-        # Only the segmentation is compiled (initialize): sampling has branches that depend on the data.
-        return False
+    @property
+    def trained(self) -> nn.Module:
+        """The segmentation."""
+        return self.recoseg.segmenter
 
     @property
     def recoseg(self) -> ReCoSegNetwork:
@@ -92,14 +87,8 @@ class ReCoSegTrainer(nnUNetTrainer):
     def do_split(self) -> tuple[list[str], list[str]]:
         """nnU-Net's split, less the training cases on which the thresholds are chosen (:attr:`calibration_cases`)."""
         training, validation = super().do_split()
-        self.calibration_cases = held_out(training, self.config.decision.calibration)
+        self.calibration_cases = sorted(held_out(training, self.config.decision.calibration, self.fold))
         return [case for case in training if case not in self.calibration_cases], validation
-
-    def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple:  # noqa: N802 (nnU-Net's name)
-        """As nnU-Net, but mirroring at inference is the network's own, so nnU-Net's is switched off."""
-        settings = super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
-        self.inference_allowed_mirroring_axes = None
-        return settings
 
     def get_tr_and_val_datasets(self) -> tuple[PriorDataset, PriorDataset]:
         """nnU-Net's datasets, carrying the stored syntheses."""
@@ -136,6 +125,7 @@ class ReCoSegTrainer(nnUNetTrainer):
         if not bool(self.recoseg.calibrated):
             self.calibrate()
         super().perform_actual_validation(save_probabilities)
+        evaluate_validation(self)
 
     def calibrate(self) -> None:
         """Choose the thresholds on the cases kept out of training, from their out-of-fold syntheses."""

@@ -9,7 +9,7 @@ from nnunet_diffrefine.evaluation.case_metrics import Settings, evaluate_case, m
 from nnunet_diffrefine.evaluation.cases import Case
 from nnunet_diffrefine.evaluation.classes import read_classes
 from nnunet_diffrefine.evaluation.definitions import find_metric, metrics
-from nnunet_diffrefine.evaluation.geometry import read_geometry, read_labels
+from nnunet_diffrefine.image_files import read_header, read_labels
 from tests.evaluation.shapes import box, write, write_dataset_json
 
 SHAPE = (16, 16, 16)
@@ -83,7 +83,7 @@ def evaluated(tmp_path):
         files = [tmp_path / name / "case.nii.gz" for name in ("reference", "prediction")]
         for file, array in zip(files, (reference, prediction), strict=True):
             write(file, array, spacing=SPACING[::-1])
-        return evaluate_case(Case("case", *files, read_geometry(files[0])), classes, Settings())
+        return evaluate_case(Case("case", *files, read_header(files[0])), classes, Settings())
 
     return run
 
@@ -149,7 +149,6 @@ def test_labels_that_are_not_in_dataset_json_are_refused(evaluated):
 
 @pytest.mark.parametrize("wrong", [0.5, float("nan")])
 def test_float_label_maps_must_hold_whole_numbers(tmp_path, wrong):
-    """In MetaImage: the NIfTI library turns NaN into 0 before anyone sees it."""
     array = CUBE.astype(np.float32)
     write(tmp_path / "whole.mha", array)
     np.testing.assert_array_equal(read_labels(tmp_path / "whole.mha"), CUBE)

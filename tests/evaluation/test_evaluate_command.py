@@ -136,16 +136,16 @@ def test_chill_evaluates_what_was_predicted_and_names_the_rest(folders):
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"shape": (10, 12, 13)}, "shape (reference (14, 12, 10), prediction (13, 12, 10) voxels, by (-1, 0, 0))"),
+        ({"shape": (10, 12, 13)}, "shape (13, 12, 10) instead of (14, 12, 10) voxels, by (-1, 0, 0)"),
         (
             {"spacing": (0.5, 1.0, 3.25)},
-            "spacing (reference (0.5, 1.0, 3.0), prediction (0.5, 1.0, 3.25) mm, by up to 0.25",
+            "spacing (0.5, 1.0, 3.25) instead of (0.5, 1.0, 3.0) mm, by up to 0.25",
         ),
         (
             {"origin": (0.0, -4.0, 0.0)},
-            "origin (reference (0.0, 0.0, 0.0), prediction (0.0, -4.0, 0.0) mm, by up to 4 mm)",
+            "origin (0.0, -4.0, 0.0) instead of (0.0, 0.0, 0.0) mm, by up to 4 mm",
         ),
-        ({"direction": (-1.0, 0, 0, 0, 1, 0, 0, 0, 1)}, "direction (reference (1.0, "),
+        ({"direction": (-1.0, 0, 0, 0, 1, 0, 0, 0, 1)}, "direction (-1.0, "),
     ],
 )
 def test_geometries_that_differ_are_refused_saying_by_how_much(folders, capsys, change, expected):

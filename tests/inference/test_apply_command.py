@@ -44,6 +44,7 @@ def files(folder: Path) -> list[str]:
 
 
 RECORDS = ["apply.json", "dataset.json", "plans.json"]
+TABLE = ["qc.csv", "qc/.lock", "qc/case.json"]
 
 
 class TestResults:
@@ -64,7 +65,7 @@ class TestResults:
         image, mask = (sitk.ReadImage(str(file)) for file in paths)
         for of in ("GetSpacing", "GetOrigin", "GetDirection", "GetSize"):
             assert getattr(image, of)() == getattr(mask, of)()
-        assert files(folders.out) == sorted([*RECORDS, f"case{ENDING}", "case.npz", "case.pkl"])
+        assert files(folders.out) == sorted([*RECORDS, *TABLE, f"case{ENDING}", "case.npz", "case.pkl"])
 
     @KINDS
     def test_only_the_region_changes(self, tmp_path, run, kind):
@@ -87,7 +88,7 @@ class TestResults:
         folders.add("case")
         run(folders, Everywhere, folds=2, save_error_map=True, save_uncertainty=True)
         maps = [f"{kind}/case{ENDING}" for kind in ("error_map", "uncertainty")]
-        assert files(folders.out) == sorted([*RECORDS, f"case{ENDING}", *maps])
+        assert files(folders.out) == sorted([*RECORDS, *TABLE, f"case{ENDING}", *maps])
         error = read_volume(folders.out / "error_map" / f"case{ENDING}")
         labels, found = (read_volume(f / f"case{ENDING}") for f in (folders.predictions, folders.out))
         assert error[labels != found].min() > 0.9
@@ -179,7 +180,7 @@ class TestInterruptions:
         monkeypatch.setattr(case_work, "_write_labels", loses)
         with pytest.raises(OSError, match="could not be written"):
             run(folders)
-        assert files(folders.out) == RECORDS
+        assert files(folders.out) == [*RECORDS, "qc/case.json"]
 
     def test_what_a_killed_process_left_is_removed(self, tmp_path, run):
         folders = Folders(tmp_path)
@@ -267,6 +268,19 @@ class TestBadInput:
         file.write_bytes(file.read_bytes()[:-20])
         refused("case_1.*(truncated|cannot be read)")
 
+    def test_truncated_image(self, folders, refused):
+        file = folders.images / f"case_1_0000{ENDING}"
+        file.write_bytes(file.read_bytes()[:-20])
+        refused("case_1_0000.* truncated")
+
+    @pytest.mark.parametrize("folder", ["images", "predictions"])
+    def test_nan_that_would_be_read_as_zero(self, folders, refused, folder):
+        name = f"case_1_0000{ENDING}" if folder == "images" else f"case_1{ENDING}"
+        array = read_volume(getattr(folders, folder) / name).astype(np.float32)
+        array[3, 3, 3] = np.nan
+        write_volume(getattr(folders, folder) / name, array)
+        refused(f"{name} holds 1 NaN")
+
     def test_probabilities_of_another_class_count(self, folders, refused):
         folders.replace_probabilities("case_1", folders.probabilities("case_1")[:2])
         refused(r"case_1.npz holds 2 channels; .* has 3 classes")
@@ -301,7 +315,7 @@ class TestBadInput:
         folders.describe({"background": 0, "edema": 1, "core": 2})
 
     def test_nan_in_the_image(self, folders, run, monkeypatch):
-        """Known only once the image is read; no result of this case is written. (ITK reads NaN in NIfTI as 0.)"""
+        """Known only once the image is read; no result of this case is written. (NIfTI files: before.)"""
         read = Geometry.preprocessed
 
         def with_nan(self, images):

@@ -9,6 +9,8 @@ from tests.builders import LABELS, REGIONS
 from tests.planted import calibrate, decided, network_with, planted_cases, shipped_method, train, wrong_voxels
 
 STEPS = 200
+TRAINING, HELD_OUT, TEST = {"size": 64, "seed": 0}, {"size": 16, "seed": 1}, {"size": 24, "seed": 2}
+"""Cases to train on, to calibrate on, and to judge by: no case is in two of them."""
 DRAWN, KNOWN = (-1, 1), (1,)
 NAMES = sorted(METHODS)
 
@@ -25,15 +27,19 @@ def test_the_prior_alone_does_not_say_what_is_wrong(foreground: Foreground) -> N
 
 @pytest.mark.parametrize("name", NAMES)
 def test_half_of_the_errors_go(name: str) -> None:
-    """Labels and regions in turn. Without the image no side can be told: stage one errs to the same one always."""
+    """Labels and regions in turn. Without the image no side can be told: stage one errs to the same one always.
+
+    One half is no tuned number: a mask made from the prior alone keeps three quarters of the errors (above).
+    Over two initialisations of every method 0.04 to 0.34 of them were left.
+    """
     foreground = (LABELS, REGIONS)[NAMES.index(name) % 2]
     method = shipped_method(name, foreground)
     sides = KNOWN if method.config.condition.image == "none" else DRAWN
     network = network_with(method)
-    train(network, planted_cases(foreground, 64, 0, sides), STEPS)
+    train(network, planted_cases(foreground, **TRAINING, sides=sides), STEPS)
     if method.config.error.calibration:
-        calibrate(network, planted_cases(foreground, 4, 1, sides))
-    before, after = wrong_voxels(network, planted_cases(foreground, 8, 2, sides))
+        calibrate(network, planted_cases(foreground, **HELD_OUT, sides=sides))
+    before, after = wrong_voxels(network, planted_cases(foreground, **TEST, sides=sides))
     assert after <= before / 2, f"{name}: {before} wrong voxels became {after}"
 
 
@@ -41,6 +47,6 @@ def test_dmcie_as_printed_does_not_get_there() -> None:
     """It predicts the noise of the error from the image alone: nothing shows it what stage one said."""
     steps = {"process": {"timesteps": 50}, "sampling": {"steps": 50}}
     network = network_with(shipped_method("dmcie", LABELS, literal=True, **steps))
-    train(network, planted_cases(LABELS, 64, 0), STEPS)
-    before, after = wrong_voxels(network, planted_cases(LABELS, 4, 2))
+    train(network, planted_cases(LABELS, **TRAINING), STEPS)
+    before, after = wrong_voxels(network, planted_cases(LABELS, size=4, seed=TEST["seed"]))
     assert after > before / 2

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -75,6 +77,39 @@ def test_killed_run_continues_to_the_same_bytes(predicted):
     found = contents(out)
     assert found.keys() == wanted.keys()
     assert [name for name in wanted if name.endswith(".nii.gz") and found[name] != wanted[name]] == []
+
+
+@pytest.fixture
+def calibrated(predicted, tmp_path) -> Workspace:
+    """A copy of the trained models, calibrated; the gate then is in the copy's plans alone."""
+    shutil.copytree(predicted.model(REFINER).parent, tmp_path / predicted.model(REFINER).parent.name)
+    copy = replace(predicted, extra={**predicted.extra, "nnUNet_results": str(tmp_path)})
+    assert "6 out-of-fold cases" in copy.run(*calibrate(copy))
+    return copy
+
+
+def calibrate(workspace: Workspace, *options: str) -> list[str]:
+    return ["nnUNetv2_diffrefine", "calibrate", *workspace.options(REFINER), "-device", "cpu", *options]
+
+
+def test_calibrated_decisions_are_obeyed_by_apply_and_predict(calibrated):
+    """All classes kept: apply gives back its input, and nnUNetv2_predict stage one's mask, to the voxel."""
+    for sets, same in ((("--set", "all=keep"), True), (("--set", "all=refine"), False)):
+        calibrated.run(*calibrate(calibrated, *sets))
+        out = f"gate_{same}"
+        calibrated.run(*command(calibrated, out, "--save_error_map", "-npp", "0", "-nps", "0"))
+        folder, images = calibrated.folder / f"predicted_{same}", calibrated.raw / "imagesTr"
+        calibrated.run(*calibrated.predict(REFINER, images, folder, "-f", "0", "1"))
+        names = [f"phantom_{k:03d}.nii.gz" for k in range(6)]
+        for found in (calibrated.folder / out, folder):
+            equal = [np.array_equal(read(found / n), read(calibrated.folder / "stage_one" / n)) for n in names]
+            assert all(equal) == same
+        record = json.loads((calibrated.folder / out / "apply.json").read_text())
+        assert bool(record["gate"]["unchanged"]) == same
+        assert record["calibration"]["cases"] == 6
+        rows = (calibrated.folder / out / "qc.csv").read_text().splitlines()
+        assert len(rows) == 7
+        assert "not calibrated" not in "".join(rows)
 
 
 def test_bad_input_is_one_line_and_no_traceback(predicted):

@@ -11,6 +11,7 @@ import pytest
 import SimpleITK as sitk
 import torch
 from test_methods import trained
+from validation_tables import assert_same_dice
 from workspace import Workspace
 
 STAGE_ONE, REFINER = "nnUNetTrainer_tiny", "DiffRefineTrainer_tiny"
@@ -47,6 +48,7 @@ def test_trains_with_empty_small_and_large_cases(exported):
         folder = exported.model(REFINER) / f"fold_{fold}" / "validation"
         summary = json.loads((folder / "summary.json").read_text())
         assert len(summary["metric_per_case"]) == 3
+        assert_same_dice(exported.model(REFINER), fold)
         for case in cases:
             predicted = sitk.ReadImage(str(folder / f"phantom_{case}.nii.gz"))
             reference = sitk.ReadImage(str(exported.raw / "labelsTr" / f"phantom_{case}.nii.gz"))

@@ -11,10 +11,11 @@ import pytest
 import SimpleITK as sitk
 import torch
 from conftest import SMALL
+from validation_tables import assert_same_dice
 from workspace import CONFIGURATION, TINY, Workspace
 
 from nnunet_diffrefine.demo.phantom import write_dataset
-from nnunet_diffrefine.training.recoseg import held_out
+from nnunet_diffrefine.training.trainer_calibration import held_out
 
 SYNTHESIS, RECOSEG = "ReCoSegSynthesisTrainer_tiny", "ReCoSegTrainer_tiny"
 pytestmark = pytest.mark.nnunet
@@ -68,7 +69,7 @@ def test_scale_and_thresholds_are_kept_with_the_model_and_come_from_training_cas
     split = json.loads((run.preprocessed / "splits_final.json").read_text())[0]
     assert bool(weights["calibrated"])
     assert weights["thresholds"].shape == (3,)
-    kept_out = held_out(split["train"], 0.1)
+    kept_out = held_out(split["train"], 0.1, 0)
     assert len(kept_out) == 1
     quantiles = [exported(run)["cases"][case]["quantiles"][199] for case in split["train"] if case not in kept_out]
     assert float(weights["scale"]) == pytest.approx(np.median(quantiles))
@@ -77,6 +78,10 @@ def test_scale_and_thresholds_are_kept_with_the_model_and_come_from_training_cas
     synthesis = torch.load(run.model(SYNTHESIS) / "fold_0" / "checkpoint_final.pth", weights_only=False)
     for name, value in synthesis["network_weights"].items():
         assert torch.equal(weights[f"synthesis.{name}"], value)
+
+
+def test_a_finished_fold_is_evaluated(run):
+    assert_same_dice(run.model(RECOSEG))
 
 
 def test_prediction_needs_the_model_folder_alone_and_no_labels(run, tmp_path):

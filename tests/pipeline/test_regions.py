@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
+from validation_tables import assert_same_dice
 from workspace import CONFIGURATION, TINY, Workspace
 
 STAGE_ONE, REFINER = "DiffRefineStageOneTrainer_tiny", "DiffRefineTrainer_tiny"
@@ -47,6 +48,10 @@ def test_model_folder_looks_like_nnunets_and_records_its_settings(region_run):
         assert wanted <= {f.name for f in (model / f"fold_{fold}").iterdir()}
         assert (model / f"fold_{fold}" / "validation" / "summary.json").is_file()
         assert not list((model / f"fold_{fold}").rglob("*.tmp*"))
+
+
+def test_a_finished_fold_is_evaluated(region_run):
+    assert_same_dice(region_run.model(REFINER))
 
 
 def test_curves_compare_stage_one_and_refined(region_run):

@@ -278,6 +278,8 @@ def test_a_name_in_the_table_does_not_lead_out_of_the_folder(given, tmp_path, ca
         ("--uncertainty", np.full(study.SHAPE, -1, np.float32), {}, "such as -1; wanted 0 or more"),
         ("-r", np.zeros((7, 24, 20), np.uint8), {}, "do not lie on their reference's grid"),
         ("-r", np.full(study.SHAPE, 0.5, np.float32), {}, "wanted whole numbers"),
+        ("--error_maps", np.full(study.SHAPE, np.nan, np.float32), {}, "NaN or infinite values"),
+        ("-r", np.full(study.SHAPE, np.nan, np.float32), {}, "NaN or infinite values"),
         ("--error_maps", np.zeros(study.SHAPE, np.float32), {"spacing": (1, 1, 3.0)}, "spacing"),
         ("-i", np.zeros(study.SHAPE, np.float32), {"origin": (0, 9.0, 0)}, "origin"),
     ],
@@ -290,6 +292,17 @@ def test_broken_volumes_are_named(given, tmp_path, capsys, option, array, change
     error = capsys.readouterr().err
     assert message in error
     assert name in error
+    assert not (tmp_path / "out" / "report.html").exists()
+
+
+@pytest.mark.parametrize("option", ["-i", "-gt", "-s", "-r", "--error_maps", "--uncertainty"])
+def test_a_truncated_file_is_named(given, tmp_path, capsys, option):
+    """Without a check it would be read as zeros from somewhere on."""
+    folder = shutil.copytree(given[option], tmp_path / "copy")
+    file = folder / ("case_b_0000.nii.gz" if option == "-i" else "case_b.nii.gz")
+    file.write_bytes(file.read_bytes()[:-20])
+    assert report(tmp_path / "out", *tables_of(given), {**given, option: folder}) == 1
+    assert f"{file} cannot be read, it is truncated" in capsys.readouterr().err
     assert not (tmp_path / "out" / "report.html").exists()
 
 

@@ -11,7 +11,7 @@ import pytest
 import SimpleITK as sitk
 from scipy import stats
 
-from nnunet_diffrefine.evaluation.geometry import Geometry
+from nnunet_diffrefine.image_files import Header
 from nnunet_diffrefine.reports import reliability
 from nnunet_diffrefine.reports.metrics_table import MetricsTable
 from nnunet_diffrefine.reports.reliability import histogram, surface_band
@@ -100,7 +100,6 @@ def test_thirds_partition_the_cases_by_volume():
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -0.1, 1.1])
 def test_a_map_outside_its_range_is_refused(tmp_path, value):
-    """Not NIfTI: SimpleITK reads NaN in it as 0."""
     array = np.zeros((2, 3, 4), np.float32)
     array[1, 1, 1] = value
     sitk.WriteImage(sitk.GetImageFromArray(array), str(tmp_path / "map.mha"))
@@ -125,7 +124,7 @@ def test_volumes_are_turned_to_the_patient_not_to_the_file(direction, corner):
     array = np.zeros(size[::-1], np.float32)
     first = [0 if axes[:, i].sum() > 0 else size[i] - 1 for i in range(3)]
     array[tuple(first[::-1])] = 1
-    turned, mm = to_lps(array, Geometry(tuple(map(int, size)), tuple(map(float, spacing)), (0, 0, 0), direction))
+    turned, mm = to_lps(array, Header(tuple(map(int, size)), tuple(map(float, spacing)), (0, 0, 0), direction))
     assert turned.shape == (3, 4, 5)
     assert mm == pytest.approx((3, 2, 1))
     assert np.argmax(turned) == 0

@@ -24,7 +24,7 @@ from nnunet_diffrefine.stage_one.leak import LeakError, open_export
 from nnunet_diffrefine.stage_one.manifest import Manifest
 from nnunet_diffrefine.stage_one.residual import median_quantile, quantile, residual_quantiles, synthesised_channel
 from nnunet_diffrefine.stage_one.store import PriorStore, dequantise
-from nnunet_diffrefine.training.recoseg import held_out, prepare_recoseg, prepare_synthesis
+from nnunet_diffrefine.training.recoseg import prepare_recoseg, prepare_synthesis
 from nnunet_diffrefine.training.recoseg_build import build_recoseg, synthesis_of
 from tests.stage_one.tiny import DATASET, DATASET_JSON, SIZE, SPLITS, mended_by, tiny_plans, write_json
 
@@ -240,15 +240,3 @@ def test_a_channel_that_is_not_in_standard_deviations_is_refused(folders):
 def test_a_data_set_of_one_channel_is_refused(folders):
     with pytest.raises(ValueError, match="diffrefine setting 'channel' is 'T1ce'.*dataset.json has MRI"):
         prepare_synthesis(SYNTHESIS.trainer, plans_of(), "3d_fullres", 0, DATASET_JSON)
-
-
-def test_calibration_cases_are_a_share_of_the_training_cases_in_whatever_order():
-    cases = [f"case_{i}" for i in range(25)]
-    chosen = held_out(cases, 0.1)
-    assert len(chosen) == 3
-    assert set(chosen) < set(cases)
-    assert held_out(cases[::-1], 0.1) == chosen
-    assert held_out(cases, 0.0) == []
-    assert set(held_out(cases, 0.1)) <= set(held_out(cases, 0.3))
-    with pytest.raises(ValueError, match="decision.calibration"):
-        held_out(["only"], 0.1)

@@ -28,7 +28,7 @@ from nnunet_diffrefine.paths import (
     preprocessed_dataset,
     splits_file,
 )
-from nnunet_diffrefine.plans import merge, preset, read_block, write_variant
+from nnunet_diffrefine.plans import merge, preset, read_block, with_gate, write_variant
 from nnunet_diffrefine.stage_one.leak import LeakError
 from nnunet_diffrefine.stage_one.manifest import ForegroundRecord
 from nnunet_diffrefine.stage_one.store import dequantise
@@ -156,7 +156,7 @@ def test_the_record_rebuilds_stage_one_after_a_round_trip_through_json(paper):
     assert (stage_one["trainer"], stage_one["plans"], stage_one["configuration"]) == tuple(STAGE_ONE.name.split("__"))
     written = PlansManager(json.loads(json.dumps(ready.plans)))
     config, resolved = read_block(written.get_configuration("3d_fullres").configuration)
-    assert config == ready.config == RefineConfig.from_dict({"sampling": {"steps": 3}})
+    assert config == ready.config == RefineConfig.from_dict(merge(preset("bridge"), {"sampling": {"steps": 3}}))
     assert resolved.stage_one == stage_one
     assert resolved.channels() == ready.resolved.channels() == Foreground(("core", "rim"), True, None)
 
@@ -341,7 +341,9 @@ def test_an_heir_has_what_it_inherits_as_nnunet_resolves_it(paper):
 
 def test_an_heirs_own_block_replaces_the_inherited_one(paper):
     plans = plans_of(configurations={"3d_large": {**LARGE, BLOCK: {"sampling": {"seed": 5}}}}, sampling={"steps": 3})
-    assert prepared(plans, "3d_large").config == RefineConfig.from_dict({"sampling": {"seed": 5}})
+    assert prepared(plans, "3d_large").config == RefineConfig.from_dict(
+        merge(preset("bridge"), {"sampling": {"seed": 5}})
+    )
 
 
 # --- leaks and labels -------------------------------------------------------------------------------------------------
@@ -441,6 +443,46 @@ def test_a_fold_with_the_same_settings_is_welcome(paper):
     train(0, sampling={"steps": 2})
     ready = prepared(plans_of(sampling={"steps": 2}), fold=1)
     assert json.loads(json.dumps(ready.plans)) == json.loads((refiner_folder() / "plans.json").read_text())
+
+
+def test_a_folder_from_before_a_setting_existed_takes_further_folds(paper):
+    train(0)
+    file = refiner_folder() / "plans.json"
+    plans = json.loads(file.read_text())
+    del plans["configurations"]["3d_fullres"][BLOCK]["condition"]["skip"]
+    write_json(file, plans)
+    assert prepared(fold=1).config.condition.skip == "none"
+    refused("(condition)", plans=plans_of(condition={"skip": "prior"}), fold=1)
+
+
+GATE = {"unchanged": ["rim"], "offsets": {"core": 0.5}}
+
+
+def gate_of(plans):
+    return plans["configurations"]["3d_fullres"][BLOCK]["gate"]
+
+
+def calibrate():
+    """Leave behind what a calibration leaves in the plans."""
+    file = refiner_folder() / "plans.json"
+    write_json(file, with_gate(json.loads(file.read_text()), "3d_fullres", GATE))
+
+
+def test_a_calibrated_folder_takes_further_folds_and_keeps_its_gate(paper):
+    """The gate is no setting of a training, and a new plans.json must not open it."""
+    train(0)
+    calibrate()
+    assert gate_of(prepared(fold=1).plans) == GATE
+    continued = plans_of()
+    continued["continue_training"] = True
+    assert gate_of(prepared(continued, fold=0).plans) == GATE
+    refused("holds fold_0 trained with", "(sampling)", plans=plans_of(sampling={"steps": 2}), fold=1)
+
+
+def test_the_gate_of_folds_that_are_gone_is_gone(paper):
+    train(0)
+    calibrate()
+    assert gate_of(prepared(fold=0).plans) == {"unchanged": [], "offsets": {}}
 
 
 def test_the_only_fold_may_be_trained_again_with_other_settings(paper):
