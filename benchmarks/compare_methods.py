@@ -1,7 +1,7 @@
 r"""Train every method for the same number of steps on the same out-of-fold priors, and write one table.
 
 python benchmarks/compare_methods.py -d 4 -p nnUNetPlansSmall -f 0 --stage_one nnUNetTrainer_bench1200 --steps 1200 \
-    --jobs 2 -o docs/results/methods
+    --jobs 2 -o docs/results/methods [--set training.initial_weights=stage_one]
 
 Needs stage one trained with --npz on all folds and exported. Trains what is not trained yet (one process a method,
 ``OUT/logs``), measures the cost of each (``OUT/cost``), scores, and writes ``OUT.md`` and ``OUT.json``. Run it again to
@@ -19,10 +19,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from crossval_table import CrossValidation, score, table
+from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from tqdm import tqdm
 
+from nnunet_diffrefine.config import BLOCK
 from nnunet_diffrefine.methods import METHODS
+from nnunet_diffrefine.plan_command import parse_changes
 
 
 class Comparison:
@@ -97,6 +100,16 @@ class Comparison:
         return {"stage one": self.args.stage_one, **single, **mixed}
 
 
+def plans_for_all(dataset: str, source: str, changes: dict) -> str:
+    """Copy plans with settings that go over the preset of every method, and return the copy's name."""
+    folder = Path(nnUNet_preprocessed.get()) / dataset
+    plans = json.loads((folder / f"{source}.json").read_text())
+    plans["plans_name"] = name = f"{source}Compared"
+    plans["configurations"]["3d_fullres"][BLOCK] = changes
+    (folder / f"{name}.json").write_text(json.dumps(plans, indent=4))
+    return name
+
+
 def cost_table(costs: dict[str, dict]) -> str:
     """Markdown: passes, parameters, seconds a case, memory, and the one-step version."""
     lines = [
@@ -125,12 +138,16 @@ def main() -> None:
     parser.add_argument("-o", type=Path, required=True, help="file without suffix: OUT.md and OUT.json are written")
     parser.add_argument("--stage_one", required=True, help="trainer of stage one")
     parser.add_argument("--steps", type=int, default=1200, choices=(60, 240, 600, 1200), help="budget of each method")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of all methods")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), help="default: all")
     parser.add_argument("--no_controls", action="store_true", help="neither second network nor training on")
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time")
     parser.add_argument("--work", type=Path, help="folder for logs and costs (default: OUT)")
     args = parser.parse_args()
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if args.set:
+        args.stage_one = args.stage_one if "@" in args.stage_one else f"{args.stage_one}@{args.p}"
+        args.p = plans_for_all(maybe_convert_to_dataset_name(args.d), args.p, parse_changes(args.set))
     comparison = Comparison(args)
     comparison.train()
     costs = comparison.costs()
