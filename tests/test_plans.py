@@ -179,7 +179,7 @@ class TestVariant:
     def test_an_earlier_variant_may_be_replaced(self, folder: Path) -> None:
         write(sampling={"steps": 3})
         block = json.loads(write(sampling={"samples": 2}).read_text())["configurations"]["3d_fullres"][BLOCK]
-        assert block["sampling"] == {"samples": 2}
+        assert block["sampling"] == {**preset("bridge")["sampling"], "samples": 2}
 
     @pytest.mark.parametrize("name", ["nnUNetPlans", "someone_elses"])
     def test_other_plans_are_never_overwritten(self, folder: Path, name: str) -> None:

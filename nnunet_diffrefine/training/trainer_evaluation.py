@@ -13,6 +13,8 @@ from nnunet_diffrefine.evaluation.run import evaluate_folders
 
 PROCESSES = 4
 """At most: a surface needs several times the memory of its mask, and the network still occupies its own."""
+CASES_A_PROCESS = 4
+"""At least: starting a process takes as long as a few cases."""
 LOGGED = ("Dice", "HD95", "NSD")
 
 
@@ -26,7 +28,8 @@ def evaluate_validation(trainer: nnUNetTrainer) -> None:
         return
     data, predictions = Path(trainer.preprocessed_dataset_folder_base), Path(trainer.output_folder) / "validation"
     references, dataset_json = data / "gt_segmentations", data / "dataset.json"
-    processes = max(1, min(PROCESSES, default_num_processes))
+    cases = sum((predictions / file.name).is_file() for file in references.glob("*"))
+    processes = max(1, min(PROCESSES, default_num_processes, cases // CASES_A_PROCESS))
     try:
         content = evaluate_folders(references, predictions, dataset_json, predictions, processes=processes, chill=True)
         trainer.print_to_log_file(f"{_means(content)}; {predictions / 'metrics.csv'}")
