@@ -1,14 +1,16 @@
-"""Shared fixtures: whole runs through nnU-Net's commands, made once a session and worker."""
+"""Shared fixtures: whole runs through nnU-Net's commands, made once."""
 
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
+from filelock import FileLock
 from workspace import Workspace
 
 from nnunet_diffrefine.demo.phantom import PhantomSettings, make_case, write_dataset
@@ -26,14 +28,29 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def region_run(tmp_path_factory) -> Workspace:
-    """Regions, PlainConvUNet: stage one that exports itself, both refiner folds, ready to predict."""
-    workspace = Workspace(tmp_path_factory.mktemp("regions"), "Dataset501_Regions")
+def region_run(tmp_path_factory, worker_id) -> Workspace:
+    """Regions, PlainConvUNet: stage one that exports itself, both refiner folds, ready to predict.
+
+    Made once for all processes of the tests; each has its own copy.
+    """
+    own = tmp_path_factory.mktemp("regions")
+    common = tmp_path_factory.getbasetemp() if worker_id == "master" else tmp_path_factory.getbasetemp().parent
+    made, dataset = common / "regions_of_all", "Dataset501_Regions"
+    with FileLock(common / "regions.lock"):
+        if not (common / "regions.done").exists():
+            made.mkdir()
+            train_regions(Workspace(made, dataset))
+            (common / "regions.done").touch()
+    shutil.copytree(made, own, dirs_exist_ok=True)
+    return Workspace(own, dataset)
+
+
+def train_regions(workspace: Workspace) -> None:
+    """Stage one and refiner, two folds each."""
     write_dataset(workspace.raw, 6, seed=1, settings=SMALL, test_cases=1)
     workspace.plan([4, 8, 12], [24, 24, 24])
     workspace.together(*(workspace.train(f, "DiffRefineStageOneTrainer_tiny", "--npz") for f in (0, 1)))
     workspace.together(*(workspace.train(f, "DiffRefineTrainer_tiny", "--npz") for f in (0, 1)))
-    return workspace
 
 
 @pytest.fixture(scope="session")
