@@ -1,11 +1,14 @@
 r"""Train every method for the same number of steps on the same out-of-fold priors, and write one table.
 
-python benchmarks/compare_methods.py -d 4 -p nnUNetPlansSmall -f 0 --stage_one nnUNetTrainer_bench1200 --steps 1200 \
-    --jobs 2 -o docs/results/methods [--set training.initial_weights=stage_one]
+python benchmarks/compare_methods.py -d 4 -p nnUNetPlansBench -f 0 --stage_one nnUNetTrainerAdam_bench2400 \
+    --steps 600 --jobs 2 -o docs/results/methods --set training.initial_weights=stage_one \
+    "bridge, surface loss=bridge:error.surface=0.5" "2d=nnUNetTrainerAdam_bench2400@nnUNetPlansBench2d@2d"
 
-Needs stage one trained with --npz on all folds and exported. Trains what is not trained yet (one process a method,
-``OUT/logs``), measures the cost of each (``OUT/cost``), scores, and writes ``OUT.md`` and ``OUT.json``. Run it again to
-continue after an interruption. Further systems that are trained already: NAME=TRAINER[@PLANS[@CONFIGURATION]].
+Needs stage one trained with --npz on all folds and exported. Trains what is not trained yet (one process a system,
+``OUT/logs``), measures the cost of each refiner (``OUT/cost``), scores, and writes ``OUT.md`` and ``OUT.json``. Run it
+again to continue after an interruption. Beside every method: stage one trained on for the same budget (the bar), and a
+second network with stage one's own budget. Further systems are a method with other settings, NAME=METHOD:KEY=VALUE,...
+or any trainer, NAME=TRAINER[@PLANS[@CONFIGURATION]].
 """
 
 from __future__ import annotations
@@ -16,16 +19,43 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
-from crossval_table import CrossValidation, score, table
+from comparison_table import comparison_table, cost_table
+from crossval_table import CrossValidation, score
 from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from tqdm import tqdm
 
-from nnunet_diffrefine.config import BLOCK
+from nnunet_diffrefine.config import BLOCK, ConfigError, RefineConfig
 from nnunet_diffrefine.methods import METHODS
 from nnunet_diffrefine.plan_command import parse_changes
+from nnunet_diffrefine.plans import merge, shipped_settings
+
+BAR, SECOND = "stage one trained on", "second network"
+
+
+@dataclass(frozen=True)
+class System:
+    """Something to train and score.
+
+    Attributes:
+        name: in the table.
+        model: TRAINER@PLANS@CONFIGURATION.
+        refiner: whether it is one, so that its cost is measured.
+        start: checkpoint whose weights it starts from, for trainers of nnU-Net.
+    """
+
+    name: str
+    model: str
+    refiner: bool = False
+    start: Path | None = None
+
+    @property
+    def trainer(self) -> str:
+        """Class name."""
+        return self.model.split("@")[0]
 
 
 class Comparison:
@@ -33,131 +63,141 @@ class Comparison:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
-        self.run = CrossValidation(maybe_convert_to_dataset_name(args.d), args.p, [args.f])
+        self.dataset = maybe_convert_to_dataset_name(args.d)
+        self.run = CrossValidation(self.dataset, args.p, [args.f])
         self.work: Path = args.work or args.o.with_suffix("")
-        (self.work / "logs").mkdir(parents=True, exist_ok=True)
-        (self.work / "cost").mkdir(exist_ok=True)
-        chosen = args.methods or list(METHODS)
-        self.refiners = {name: f"{METHODS[name].trainer}_bench{args.steps}" for name in chosen}
-        base = f"nnUNetTrainer_bench{args.steps}"
-        self.controls = {"second network": f"{base}_second", "stage one trained on": f"{base}_on"}
-        if args.no_controls:
-            self.controls = {}
+        for part in ("logs", "cost"):
+            (self.work / part).mkdir(parents=True, exist_ok=True)
+        common = parse_changes(args.set)
+        refiners = [self._refiner(name, name, common) for name in args.methods or METHODS]
+        self.systems = [*self._controls(), *refiners, *(self._further(pair, common) for pair in args.systems)]
+
+    def _controls(self) -> list[System]:
+        if self.args.no_controls:
+            return []
+        stage_one, extra = self.args.stage_one, f"{self.args.stage_one.rsplit('_bench', 1)[0]}_bench{self.args.steps}"
+        start = self.run.folder(stage_one, self.args.f) / "checkpoint_final.pth"
+        on = System(BAR, f"{extra}_on@{self.args.p}@3d_fullres", start=start)
+        return [on, System(SECOND, f"{stage_one}_second@{self.args.p}@3d_fullres")]
+
+    def _further(self, pair: str, common: dict) -> System:
+        name, _, model = pair.partition("=")
+        method, _, changes = model.partition(":")
+        if method in METHODS:
+            return self._refiner(name, method, merge(common, parse_changes(changes.split(","))))
+        trainer, plans, configuration = [*model.split("@"), *(self.args.p, "3d_fullres")[model.count("@") :]]
+        return System(name, f"{trainer}@{plans}@{configuration}")
+
+    def _refiner(self, name: str, method: str, changes: dict) -> System:
+        try:
+            RefineConfig.from_dict(merge(shipped_settings(method, changes), changes))
+        except ConfigError as error:
+            print(f"{name} keeps its preset: {error}", file=sys.stderr)
+            changes = {}
+        plans = self._plans(name, changes) if changes else self.args.p
+        return System(name, f"{METHODS[method].trainer}_bench{self.args.steps}@{plans}@3d_fullres", refiner=True)
+
+    def _plans(self, name: str, changes: dict) -> str:
+        """Plans whose settings go over the preset of the method; an existing file is left as it is."""
+        own = "Compared" if name in METHODS else "_" + "".join(c for c in name if c.isalnum())
+        target = f"{self.args.p}{own}"
+        folder = Path(nnUNet_preprocessed.get()) / self.dataset
+        plans = json.loads((folder / f"{self.args.p}.json").read_text())
+        plans["plans_name"], plans["configurations"]["3d_fullres"][BLOCK] = target, changes
+        if not (folder / f"{target}.json").exists():
+            (folder / f"{target}.json").write_text(json.dumps(plans, indent=4))
+        return target
 
     def train(self) -> None:
         """Train what has no validation summary yet and measure its cost, a few at a time."""
-        todo = [*self.controls.values(), *self.refiners.values()]
         with ThreadPoolExecutor(self.args.jobs) as pool:
-            for _ in tqdm(pool.map(self._train_and_measure, todo), total=len(todo), desc="train", unit="model"):
+            work = pool.map(self._train_and_measure, self.systems)
+            for _ in tqdm(work, total=len(self.systems), desc="train", unit="model"):
                 pass
 
-    def _train_and_measure(self, trainer: str) -> None:
-        if not self._done(trainer):
-            self._train(trainer)
-        if trainer in self.refiners.values() and self._done(trainer) and not self._cost(trainer).is_file():
-            self._measure(trainer, self._cost(trainer))
+    def _train_and_measure(self, system: System) -> None:
+        if not self.done(system):
+            self._train(system)
+        if system.refiner and self.done(system) and not self.cost(system).is_file():
+            self._measure(system)
 
-    def _cost(self, trainer: str) -> Path:
-        return self.work / "cost" / f"{trainer}.json"
+    def cost(self, system: System) -> Path:
+        """Where its cost is kept."""
+        return self.work / "cost" / f"{system.model}.json"
 
-    def _done(self, trainer: str) -> bool:
-        return (self.run.folder(trainer, self.args.f) / "validation" / "summary.json").is_file()
+    def done(self, system: System) -> bool:
+        """Whether its validation is."""
+        return (self.run.folder(system.model, self.args.f) / "validation" / "summary.json").is_file()
 
-    def _train(self, trainer: str) -> None:
-        args, fold = self.args, self.run.folder(trainer, self.args.f)
-        command = ["nnUNetv2_train", args.d, "3d_fullres", str(args.f), "-tr", trainer, "-p", args.p, "--npz"]
-        command += ["-device", args.device]
-        if any(fold.glob("checkpoint_*.pth")):
+    def _train(self, system: System) -> None:
+        trainer, plans, configuration = system.model.split("@")
+        command = ["nnUNetv2_train", self.args.d, configuration, str(self.args.f), "-tr", trainer, "-p", plans]
+        command += ["--npz", "-device", self.args.device]
+        if any(self.run.folder(system.model, self.args.f).glob("checkpoint_*.pth")):
             command.append("--c")
-        elif trainer.endswith("_on"):
-            command += ["-pretrained_weights", str(self.run.folder(args.stage_one, args.f) / "checkpoint_final.pth")]
-        with (self.work / "logs" / f"{trainer}.log").open("a") as log:
+        elif system.start:
+            command += ["-pretrained_weights", str(system.start)]
+        file = self.work / "logs" / f"{system.model}.log"
+        with file.open("a") as log:
             code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
         if code:
-            print(f"{trainer} failed ({code}): see {self.work / 'logs' / trainer}.log", file=sys.stderr)
+            print(f"{system.name} failed ({code}): see {file}", file=sys.stderr)
 
-    def costs(self) -> dict[str, dict]:
-        """Cost of every refiner that was measured."""
-        measured = {name: self._cost(trainer) for name, trainer in self.refiners.items()}
-        return {name: json.loads(file.read_text()) for name, file in measured.items() if file.is_file()}
-
-    def _measure(self, trainer: str, file: Path) -> None:
-        args = self.args
-        command = [sys.executable, str(Path(__file__).with_name("method_cost.py")), "-d", args.d, "-p", args.p]
-        command += ["-tr", trainer, "-f", str(args.f), "-device", args.device]
+    def _measure(self, system: System) -> None:
+        trainer, plans, _ = system.model.split("@")
+        command = [sys.executable, str(Path(__file__).with_name("method_cost.py")), "-d", self.args.d, "-p", plans]
+        command += ["-tr", trainer, "-f", str(self.args.f), "-device", self.args.device]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         line = next((x for x in done.stdout.splitlines() if x.startswith("RESULT ")), None)
         if line is None:
-            print(f"cost of {trainer} failed:\n{done.stderr[-2000:]}", file=sys.stderr)
+            print(f"cost of {system.name} failed:\n{done.stderr[-2000:]}", file=sys.stderr)
             return
-        file.write_text(line.removeprefix("RESULT "))
+        self.cost(system).write_text(line.removeprefix("RESULT "))
 
-    def systems(self) -> dict[str, str]:
-        """All trained systems, and each one averaged with stage one."""
-        single = {**self.controls, **dict(pair.split("=", 1) for pair in self.args.systems), **self.refiners}
-        single = {name: model for name, model in single.items() if self._done(model)}
-        mixed = {f"stage one + {name}": f"{self.args.stage_one}+{model}" for name, model in single.items()}
-        return {"stage one": self.args.stage_one, **single, **mixed}
+    def scores(self) -> dict[str, dict]:
+        """Scores of all that is trained, alone and (``"+"`` before the name) averaged with stage one."""
+        stage_one = self.args.stage_one
+        models = {system.name: system.model for system in self.systems if self.done(system)}
+        averaged = {f"+{name}": f"{stage_one}+{model}" for name, model in models.items()}
+        return score(self.run, {"stage one": stage_one, **models, **averaged}, stage_one)
 
-
-def plans_for_all(dataset: str, source: str, changes: dict) -> str:
-    """Copy plans with settings that go over the preset of every method, and return the copy's name."""
-    folder = Path(nnUNet_preprocessed.get()) / dataset
-    plans = json.loads((folder / f"{source}.json").read_text())
-    plans["plans_name"] = name = f"{source}Compared"
-    plans["configurations"]["3d_fullres"][BLOCK] = changes
-    (folder / f"{name}.json").write_text(json.dumps(plans, indent=4))
-    return name
+    def costs(self) -> dict[str, dict]:
+        """Cost of every refiner that was measured."""
+        files = {system.name: self.cost(system) for system in self.systems}
+        return {name: json.loads(file.read_text()) for name, file in files.items() if file.is_file()}
 
 
-def cost_table(costs: dict[str, dict]) -> str:
-    """Markdown: passes, parameters, seconds a case, memory, and the one-step version."""
-    lines = [
-        "| method | passes | parameters | s / case | x stage one | peak MiB | one step: Dice | HD95 |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for name, cost in costs.items():
-        one = cost.get("one_step")
-        short = f"{one['dice']:.2f} | {one['hd95']:.3f}" if one else "as trained | as trained"
-        ratio = cost["seconds"] / cost["stage_one_seconds"]
-        lines.append(
-            f"| {name} | {cost['passes']} | {cost['parameters'] / 1e6:.2f} M | {cost['seconds']:.2f} | {ratio:.2f} | "
-            f"{cost['peak_mib']:.0f} | {short} |"
-        )
-    return "\n".join(lines)
-
-
-def main() -> None:
-    """Train, measure, score, write."""
+def arguments() -> argparse.Namespace:
+    """Of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("systems", nargs="*", help="NAME=TRAINER[@PLANS[@CONFIGURATION]], trained already")
+    parser.add_argument("systems", nargs="*", help="NAME=METHOD:KEY=VALUE,... or NAME=TRAINER[@PLANS[@CONFIGURATION]]")
     parser.add_argument("-d", required=True)
     parser.add_argument("-p", default="nnUNetPlans")
     parser.add_argument("-f", type=int, default=0)
     parser.add_argument("-device", default="cpu")
     parser.add_argument("-o", type=Path, required=True, help="file without suffix: OUT.md and OUT.json are written")
-    parser.add_argument("--stage_one", required=True, help="trainer of stage one")
-    parser.add_argument("--steps", type=int, default=1200, choices=(60, 240, 600, 1200), help="budget of each method")
+    parser.add_argument("--stage_one", required=True, help="trainer of stage one, NAME_benchSTEPS")
+    parser.add_argument("--steps", type=int, default=1200, choices=(60, 240, 480, 600, 1200), help="of each refiner")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of all methods")
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), help="default: all")
+    parser.add_argument("--methods", nargs="*", choices=list(METHODS), help="default: all")
     parser.add_argument("--no_controls", action="store_true", help="neither second network nor training on")
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time")
     parser.add_argument("--work", type=Path, help="folder for logs and costs (default: OUT)")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Train, measure, score, write."""
+    args = arguments()
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if args.set:
-        args.stage_one = args.stage_one if "@" in args.stage_one else f"{args.stage_one}@{args.p}"
-        args.p = plans_for_all(maybe_convert_to_dataset_name(args.d), args.p, parse_changes(args.set))
     comparison = Comparison(args)
     comparison.train()
-    costs = comparison.costs()
-    systems = comparison.systems()
-    references = {case: comparison.run.reference(case)[0] for _, case in comparison.run.cases[:3]}
-    classes = sorted({int(c) for labels in references.values() for c in set(labels.flat)} - {0})
-    rows = score(comparison.run, systems, classes, args.stage_one)
-    text = f"{table(rows, classes, 'stage one')}\n\n{cost_table(costs)}\n"
+    rows, costs = comparison.scores(), comparison.costs()
+    bar = BAR if BAR in rows else "stage one"
+    text = f"{comparison_table(rows, comparison.run.names, 'stage one', bar)}\n\n{cost_table(costs)}\n"
     args.o.with_suffix(".md").write_text(text)
-    args.o.with_suffix(".json").write_text(json.dumps({"systems": systems, "scores": rows, "costs": costs}))
+    models = {system.name: system.model for system in comparison.systems}
+    args.o.with_suffix(".json").write_text(json.dumps({"systems": models, "scores": rows, "costs": costs}))
     print(text)
 
 

@@ -5,8 +5,7 @@ python benchmarks/crossval_table.py -d 4 -p nnUNetPlansSmall -f 0 1 --stage_one 
     "stage one + second=nnUNetTrainer_bench1200+nnUNetTrainer_bench1200_second" -o docs/results/hippocampus.json
 
 A system is NAME=MODEL, or NAME=MODEL+MODEL for the mean of their probabilities (nnU-Net's ensembling), a model being
-TRAINER, TRAINER@PLANS or TRAINER@PLANS@CONFIGURATION; all need validation probabilities (nnUNetv2_train --npz). Label
-datasets only.
+TRAINER, TRAINER@PLANS or TRAINER@PLANS@CONFIGURATION; all need validation probabilities (nnUNetv2_train --npz).
 """
 
 from __future__ import annotations
@@ -33,11 +32,15 @@ class CrossValidation:
         splits = json.loads((self.references.parent / "splits_final.json").read_text())
         self.plans = plans
         self.cases = [(fold, case) for fold in folds for case in splits[fold]["val"]]
+        labels = json.loads((self.references.parent / "dataset.json").read_text())["labels"]
+        self.names = [name for name in labels if name not in ("background", "ignore")]
+        self.groups = [np.atleast_1d(labels[name]) for name in self.names]
+        self.regions = any(isinstance(value, list) for value in labels.values())
 
-    def labels(self, models: str, fold: int, case: str) -> np.ndarray:
-        """Label map (D, H, W) of the mean probabilities of one or more models joined by ``+``."""
-        stack = [self._probabilities(model, fold, case) for model in models.split("+")]
-        return np.mean(stack, 0).argmax(0)
+    def masks(self, models: str, fold: int, case: str) -> np.ndarray:
+        """Masks (R, D, H, W) of the mean probabilities of one or more models joined by ``+``."""
+        mean = np.mean([self._probabilities(model, fold, case) for model in models.split("+")], 0)
+        return mean > 0.5 if self.regions else mean.argmax(0) == np.concatenate(self.groups)[:, None, None, None]
 
     def _probabilities(self, model: str, fold: int, case: str) -> np.ndarray:
         file = self.folder(model, fold) / "validation" / f"{case}.npz"
@@ -49,26 +52,28 @@ class CrossValidation:
         return self.results / f"{trainer}__{plans}__{configuration}" / f"fold_{fold}"
 
     def reference(self, case: str) -> tuple[np.ndarray, tuple[float, ...]]:
-        """Reference label map (D, H, W) and spacing (z, y, x) in mm."""
+        """Reference masks (R, D, H, W) and spacing (z, y, x) in mm."""
         image = sitk.ReadImage(str(next(self.references.glob(f"{case}.*"))))
-        return sitk.GetArrayFromImage(image), image.GetSpacing()[::-1]
+        labels = sitk.GetArrayFromImage(image)
+        return np.stack([np.isin(labels, group) for group in self.groups]), image.GetSpacing()[::-1]
 
 
-def score(run: CrossValidation, systems: dict[str, str], classes: list[int], stage_one: str) -> dict:
+def score(run: CrossValidation, systems: dict[str, str], stage_one: str) -> dict:
     """Per system, case and class: Dice, HD95; per system and case: quality of the change."""
     rows: dict = {name: {"dice": [], "hd95": [], "change": []} for name in systems}
     for fold, case in tqdm(run.cases):
         reference, spacing = run.reference(case)
-        before = run.labels(stage_one, fold, case)
+        before = run.masks(stage_one, fold, case)
         for name, trainers in systems.items():
-            labels = run.labels(trainers, fold, case)
-            rows[name]["dice"].append([dice(labels == c, reference == c) for c in classes])
-            rows[name]["hd95"].append([hd95(labels == c, reference == c, spacing) for c in classes])
-            rows[name]["change"].append(change_quality(before, labels, reference))
+            masks = run.masks(trainers, fold, case)
+            pairs = list(zip(masks, reference, strict=True))
+            rows[name]["dice"].append([dice(p, r) for p, r in pairs])
+            rows[name]["hd95"].append([hd95(p, r, spacing) for p, r in pairs])
+            rows[name]["change"].append(change_quality(before, masks, reference))
     return rows
 
 
-def table(rows: dict, classes: list[int], baseline: str) -> str:
+def table(rows: dict, classes: list[str], baseline: str) -> str:
     """Markdown: mean and standard deviation over cases; paired Wilcoxon of the class mean against the baseline."""
     head = ["system", *(f"Dice {c}" for c in classes), "Dice mean", *(f"HD95 {c}" for c in classes), "HD95 mean"]
     head += ["better / worse", "p", "flip precision", "error Dice"]
@@ -103,12 +108,10 @@ def main() -> None:
     args = parser.parse_args()
     run = CrossValidation(maybe_convert_to_dataset_name(args.d), args.p, args.f)
     systems = {"stage one": args.stage_one, **dict(pair.split("=", 1) for pair in args.systems)}
-    classes = sorted(set(np.unique(run.reference(run.cases[0][1])[0])) - {0})
-    classes = [int(c) for c in classes]
-    rows = score(run, systems, classes, args.stage_one)
-    print(table(rows, classes, "stage one"))
+    rows = score(run, systems, args.stage_one)
+    print(table(rows, run.names, "stage one"))
     if args.o:
-        args.o.write_text(json.dumps({"cases": run.cases, "classes": classes, "systems": systems, "scores": rows}))
+        args.o.write_text(json.dumps({"cases": run.cases, "classes": run.names, "systems": systems, "scores": rows}))
 
 
 if __name__ == "__main__":

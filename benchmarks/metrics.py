@@ -25,14 +25,16 @@ def hd95(prediction: np.ndarray, reference: np.ndarray, spacing: tuple[float, ..
 
 
 def change_quality(before: np.ndarray, after: np.ndarray, reference: np.ndarray) -> dict[str, float]:
-    """How well the change from ``before`` to ``after`` (label maps) hits the errors of ``before``.
+    """How well the change from ``before`` to ``after``, masks (R, D, H, W), hits the errors of ``before``.
+
+    A voxel is wrong, or has changed, if it is or has in any class or region.
 
     Returns:
         ``flip_precision``: share of changed voxels that are right now; ``flip_harm``: share that were right before;
         ``error_recall``: share of wrong voxels that are right now; ``error_dice``: Dice of changed and wrong voxels.
     """
-    changed, wrong = before != after, before != reference
-    mended = changed & (after == reference)
+    changed, wrong = (before != after).any(0), (before != reference).any(0)
+    mended = changed & ~(after != reference).any(0)
     share = lambda part, whole: float(part.sum() / whole.sum()) if whole.any() else float("nan")  # noqa: E731
     return {
         "flip_precision": share(mended, changed),

@@ -1,8 +1,9 @@
 """Write a reduced copy of nnU-Net plans, small enough to train on a CPU.
 
-python benchmarks/small_plans.py -d 4 -o nnUNetPlansSmall --features 16 32 64 128 --batch 3 [--patch 80 80 80] [-c 2d]
+python benchmarks/small_plans.py -d 4 -o nnUNetPlansBench --features 16 32 64 128 --batch 2 [--patch 80 80 80] [-c 2d]
 
 The preprocessed data of the source plans are shared: only the network, the patch and the batch size change.
+``--folds N`` also deals the cases out to N folds (nnU-Net makes five).
 """
 
 import argparse
@@ -13,6 +14,16 @@ from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 
 from nnunet_diffrefine.demo.small_plans import CONFIGURATION, shrink
+from nnunet_diffrefine.paths import SPLITS
+
+
+def write_splits(file: Path, cases: list[str], folds: int) -> None:
+    """Deal the cases out to the folds in turn."""
+    held_out = [cases[k::folds] for k in range(folds)]
+    splits = [{"train": sorted(set(cases) - set(val)), "val": val} for val in held_out]
+    with file.open("x") as new:
+        json.dump(splits, new, indent=4)
+    print(f"wrote {file}")
 
 
 def main() -> None:
@@ -25,6 +36,7 @@ def main() -> None:
     parser.add_argument("--features", type=int, nargs="+", default=[16, 32, 64, 128])
     parser.add_argument("--batch", type=int, default=3)
     parser.add_argument("--patch", type=int, nargs="+")
+    parser.add_argument("--folds", type=int, help="write splits_final.json, which must not exist")
     args = parser.parse_args()
     folder = Path(nnUNet_preprocessed.get()) / maybe_convert_to_dataset_name(args.d)
     plans = json.loads((folder / f"{args.p}.json").read_text())
@@ -32,6 +44,10 @@ def main() -> None:
     target = folder / f"{args.o}.json"
     target.write_text(json.dumps(plans, indent=4))
     print(f"wrote {target}")
+    if args.folds:
+        data = folder / plans["configurations"][args.c]["data_identifier"]
+        cases = sorted(file.name.removesuffix("_seg.b2nd") for file in data.glob("*_seg.b2nd"))
+        write_splits(folder / SPLITS, cases, args.folds)
 
 
 if __name__ == "__main__":

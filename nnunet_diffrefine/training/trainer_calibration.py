@@ -64,7 +64,7 @@ def calibrate(trainer: DiffRefineTrainer, cases: Sequence[str]) -> None:
             hard = foreground.decide(foreground.logits(prior))[0] > 0
             yield dice_of_candidates(evidence, hard, *references(np.asarray(segmentation[:]), trainer.label_manager))
 
-    dice = np.nanmean(np.stack(list(scored())), 0)
+    dice = np.mean(np.stack(list(scored())), 0)
     chosen = best_candidates(dice)
     network.thresholds.copy_(torch.tensor([CANDIDATES[k] for k in chosen]).logit())
     for name, row, k in zip(foreground.names, dice, chosen, strict=True):
@@ -87,7 +87,9 @@ def hand_to_best_checkpoint(trainer: DiffRefineTrainer) -> None:
 
 
 def dice_of_candidates(evidence: Tensor, hard: Tensor, reference: Tensor, valid: Tensor) -> np.ndarray:
-    """Dice (R, K) of a case after flipping with each of the K candidates; NaN where both masks are empty.
+    """Dice (R, K) of a case after flipping with each of the K candidates.
+
+    Both masks empty counts 1, so that every candidate is judged on the same cases and false alarms cost.
 
     Args:
         evidence: logits of the errors, (R, D, H, W).
@@ -100,11 +102,11 @@ def dice_of_candidates(evidence: Tensor, hard: Tensor, reference: Tensor, valid:
         mask = (hard ^ (evidence > threshold)) & valid
         truth = reference & valid
         overlap, total = (mask & truth).flatten(1).sum(1), (mask.long() + truth.long()).flatten(1).sum(1)
-        rows.append((2 * overlap / total).numpy())  # 0 / 0 is NaN
+        rows.append(torch.where(total > 0, 2 * overlap / total, 1.0).numpy())
     return np.stack(rows, 1)
 
 
 def best_candidates(dice: np.ndarray) -> list[int]:
     """Index of the best candidate of each class, (R, K) -> R; of equal ones the most cautious."""
     last = dice.shape[1] - 1
-    return [last - int(np.argmax(np.nan_to_num(row, nan=-1.0)[::-1])) for row in dice]
+    return [last - int(np.argmax(row[::-1])) for row in dice]

@@ -195,6 +195,15 @@ def timeless(method: AbstractRefineMethod, parameter: str) -> bool:
     return method.process is None and parameter == "time.weight"
 
 
+def mistaken(batch: RefineBatch, foreground: Foreground) -> Tensor:
+    """nnU-Net's target with another label, or the other answer of every region, at each voxel that counts."""
+    if foreground.exclusive:
+        return torch.where(batch.valid > 0, (batch.target + 1) % foreground.heads, batch.target)
+    regions = foreground.channels
+    changed = torch.where(batch.valid > 0, ~batch.target[:, :regions], batch.target[:, :regions])
+    return torch.cat((changed, batch.target[:, regions:]), 1)
+
+
 @BOTH
 @each_method
 @pytest.mark.parametrize("recycling", [0.0, 0.5])
@@ -216,6 +225,7 @@ def test_labels_under_the_ignore_mask_do_not_count(settings: str, foreground: Fo
         assert torch.equal(given, wanted)
     if recycling == 0:
         counted = replace(batch, reference=torch.where(batch.valid > 0, 1 - batch.reference, batch.reference))
+        counted = replace(counted, target=mistaken(batch, foreground))
         network = TinyDenoiser(*method.channels(1), seed=3)
         assert not torch.equal(method.loss(network, counted, nnunet_loss(foreground), generator()), results[0][0])
 

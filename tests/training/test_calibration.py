@@ -59,7 +59,7 @@ class TestThresholds:
             assert row[CANDIDATES.index(0.5)] < row[-1], "flipping at one half is worse than not flipping here"
 
     def test_of_equal_ones_the_most_cautious(self) -> None:
-        assert best_candidates(np.array([[0.5, 0.9, 0.9, 0.1], [np.nan] * 4])) == [2, 3]
+        assert best_candidates(np.array([[0.5, 0.9, 0.9, 0.1], [1.0] * 4])) == [2, 3]
 
     def test_the_last_candidate_leaves_stage_one_alone(self) -> None:
         hard, reference, evidence, valid = planted()
@@ -77,10 +77,11 @@ class TestThresholds:
         reference[:, 3:] ^= True
         assert not np.array_equal(dice, dice_of_candidates(evidence, hard, reference, valid))
 
-    def test_an_empty_class_says_nothing(self) -> None:
+    def test_a_false_alarm_in_an_empty_case_costs_all_of_its_dice(self) -> None:
         nothing = torch.zeros(1, 2, 2, 2, dtype=torch.bool)
-        dice = dice_of_candidates(torch.full((1, 2, 2, 2), -9.0), nothing, nothing, ~nothing)
-        assert np.isnan(dice).all()
+        evidence = torch.full((1, 2, 2, 2), 0.7).logit()
+        (row,) = dice_of_candidates(evidence, nothing, nothing, torch.ones_like(nothing))
+        assert row.tolist() == [float(candidate >= 0.7) for candidate in CANDIDATES]
 
 
 @pytest.mark.parametrize("foreground", [LABELS, REGIONS], ids=["labels", "regions"])
