@@ -27,6 +27,7 @@ from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_datas
 from torch import Tensor
 
 from nnunet_diffrefine.inference.volume import references
+from nnunet_diffrefine.networks.refinement import mirrored_mean
 from nnunet_diffrefine.paths import StageOneId
 
 
@@ -63,9 +64,9 @@ class Model:
         return statistics.median(times["refiner"]), statistics.median(times["stage one"])
 
     def passes(self) -> int:
-        """Denoiser passes for one window with foreground."""
+        """Denoiser passes for one window with foreground; seeds in one batch count one each."""
         calls: list[int] = []
-        hook = self.network.denoiser.register_forward_hook(lambda *_: calls.append(1))
+        hook = self.network.denoiser.register_forward_hook(lambda _, inputs, __: calls.append(len(inputs[0])))
         image = torch.from_numpy(self.data.load_case(self.cases[0])[0][:])[None]
         patch = tuple(self.predictor.configuration_manager.patch_size)
         window = torch.nn.functional.interpolate(image, patch).to(self.predictor.device)
@@ -73,7 +74,7 @@ class Model:
         with torch.no_grad():
             self.network.refine_window(window, prior)
         hook.remove()
-        return len(calls)
+        return sum(calls)
 
     def scores(self) -> dict[str, float]:
         """Mean Dice in % and HD95 in mm over the validation cases and classes."""
@@ -99,7 +100,8 @@ class _StageOne(torch.nn.Module):
         self.network = network
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.network.stage_one_logits(x)
+        # Mirrored as nnU-Net does it, also where a method that does not look at the prior does without.
+        return mirrored_mean(self.network.stage_one, self.network.refiner_axes, x)
 
 
 def main() -> None:

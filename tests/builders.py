@@ -129,9 +129,14 @@ def network_of(
     return RefinementNetwork(stage_one, denoiser, method, foreground, method.config.sampling, axes, axes)
 
 
+def for_seeds(values: Tensor, x: Tensor) -> Tensor:
+    """Values (B, ., *S) once for each seed in a denoiser's input, whose batch is B times the seeds."""
+    return values.repeat(len(x) // len(values), 1, 1, 1, 1)
+
+
 def true_output(method: AbstractRefineMethod, clean: Tensor, x: Tensor, t: Tensor) -> Tensor:
     """What a perfect denoiser outputs for input ``x`` (condition, state) if the target is ``clean`` (B, R, *S)."""
-    prediction = method.config.process.prediction
+    prediction, clean = method.config.process.prediction, for_seeds(clean, x)
     if prediction == "x0":
         if method.config.error.target == "mask":
             return method.foreground.logits(clean)

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
-import numpy as np
 import torch
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import Tensor, nn
@@ -20,7 +19,7 @@ from nnunet_diffrefine.networks.build import build_denoiser
 from nnunet_diffrefine.networks.refinement import RefinementNetwork
 from nnunet_diffrefine.plans import PAPER_LITERAL, merge, shipped_settings
 from nnunet_diffrefine.training.optimisation import WarmupCosine
-from nnunet_diffrefine.training.trainer_calibration import CANDIDATES, best_candidates, dice_of_candidates
+from nnunet_diffrefine.training.thresholds import ThresholdChoice
 from tests.builders import generator, nnunet_loss, target_of
 
 SPACE = (10, 14, 16)
@@ -114,10 +113,10 @@ def calibrate(network: RefinementNetwork, cases: RefineBatch) -> None:
     """Thresholds of held-out cases, as the trainer chooses them."""
     foreground = network.foreground
     evidence = GivenPrior(network, evidence=True)(torch.cat((cases.image, cases.prior), 1))[:, -foreground.channels :]
-    hard, reference, valid = decided(foreground, cases).bool(), cases.reference.bool(), cases.valid.bool()
-    dice = [dice_of_candidates(*case) for case in zip(evidence, hard, reference, valid, strict=True)]
-    chosen = best_candidates(np.nanmean(np.stack(dice), 0))
-    network.thresholds.copy_(torch.tensor([CANDIDATES[k] for k in chosen]).logit())
+    choice = ThresholdChoice(network.method.decide, foreground)
+    for case in zip(evidence, cases.prior, cases.reference.bool(), cases.valid.bool(), strict=True):
+        choice.add(*case)
+    network.thresholds.copy_(torch.tensor(choice.best()).logit())
 
 
 def decided(foreground: Foreground, cases: RefineBatch) -> Tensor:

@@ -20,7 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nnunet_diffrefine.diffusion.process import Process, per_sample
+from nnunet_diffrefine.diffusion.process import Process, at_times, per_sample
 from nnunet_diffrefine.diffusion.schedule import Schedule, bridge_schedule
 
 
@@ -89,7 +89,7 @@ class BernoulliProcess(Process):
         return foreground / (foreground + background)
 
     def _at(self, t: Tensor) -> Tensor:
-        return self._a.to(t.device)[t]
+        return at_times(self._a, t)
 
 
 def _drift(x: Tensor, a: Tensor) -> Tensor:

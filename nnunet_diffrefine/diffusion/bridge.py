@@ -36,7 +36,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nnunet_diffrefine.diffusion.process import Process, per_sample
+from nnunet_diffrefine.diffusion.process import Process, at_times, per_sample
 from nnunet_diffrefine.diffusion.schedule import Schedule, bridge_schedule
 
 
@@ -162,7 +162,7 @@ class DiscreteBridge(Process):
 
 
 def _at(a: Tensor, t: Tensor) -> Tensor:
-    return a.to(t.device)[t]
+    return at_times(a, t)
 
 
 def _mix(x: Tensor, prior: Tensor, a: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from nnunet_diffrefine.diffusion.parametrisation import Prediction, epsilon_from, signal_and_noise, target_for, x0_from
-from nnunet_diffrefine.diffusion.process import Process, per_sample
+from nnunet_diffrefine.diffusion.process import Process, at_times, per_sample
 from nnunet_diffrefine.diffusion.schedule import Schedule, gaussian_schedule
 
 
@@ -42,7 +42,7 @@ class GaussianProcess(Process):
 
     def alpha_bar(self, t: Tensor) -> Tensor:
         """Signal shares alpha_bar_t, (B,) float64, of integer times ``t`` (B,) in 0..T."""
-        return self._alpha_bar.to(t.device)[t]
+        return at_times(self._alpha_bar, t)
 
     def start(self, prior: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """x_T ~ N(0, I) with the shape, dtype and device of ``prior`` (B, R, *S)."""

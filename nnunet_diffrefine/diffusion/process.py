@@ -41,6 +41,11 @@ class Process(ABC):
         """Draw x_s for s < t, given x_t and the predicted ``x0``; at s = 0 it returns ``x0``."""
 
 
+def at_times(table: Tensor, t: Tensor) -> Tensor:
+    """Values (B,) of a float64 table (T + 1,) at integer times (B,), on its device; float32 on MPS, where that is all."""
+    return (table.float() if t.device.type == "mps" else table).to(t.device)[t]
+
+
 def per_sample(values: Tensor, like: Tensor) -> Tensor:
     """Reshape (B,) to (B, 1, ..., 1) so that it broadcasts over ``like`` (B, R, *S), in its dtype and device."""
     return values.to(like.device, like.dtype).view(-1, *([1] * (like.ndim - 1)))

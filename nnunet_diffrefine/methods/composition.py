@@ -21,6 +21,9 @@ from nnunet_diffrefine.errors.targets import TARGETS, Output, SegmentationLoss, 
 from nnunet_diffrefine.methods.base import AbstractRefineMethod, Denoiser, draw_times, finest, recycle
 from nnunet_diffrefine.methods.conditioning import Condition
 
+SEEDS_AT_ONCE = 4
+"""Seeds that share a batch: enough to occupy a GPU, few enough for its memory."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -160,11 +163,19 @@ class ComposedMethod(AbstractRefineMethod):
         if self.process is None:
             zeros = torch.zeros(len(condition), dtype=torch.long, device=condition.device)
             return [Run([], finest(network(condition, zeros)))]
-        return [self._run(network, condition, prior, generator) for _ in range(self.seeds)]
+        batches = [min(SEEDS_AT_ONCE, self.seeds - first) for first in range(0, self.seeds, SEEDS_AT_ONCE)]
+        return [run for seeds in batches for run in self._batch(network, condition, prior, seeds, generator)]
 
-    def _run(
-        self, network: Callable[[Tensor, Tensor], Output], condition: Tensor, prior: Tensor, generator: torch.Generator
-    ) -> Run:
+    def _batch(
+        self,
+        network: Callable[[Tensor, Tensor], Output],
+        condition: Tensor,
+        prior: Tensor,
+        seeds: int,
+        generator: torch.Generator,
+    ) -> list[Run]:
+        """Runs of so many seeds in one batch."""
+        condition, prior = (x.repeat(seeds, *([1] * (x.ndim - 1))) for x in (condition, prior))
         anchor = self.to_state(self.target.anchor(prior))
         outputs: list[Tensor] = []  # of the last step
         estimates: list[Tensor] = []  # of every kept step
@@ -177,7 +188,8 @@ class ComposedMethod(AbstractRefineMethod):
             return x0
 
         sample(cast(Process, self.process), predict_x0, anchor, self.config.sampling.steps, generator)
-        return Run(estimates, outputs[0])
+        parts = zip(*(x.chunk(seeds) for x in (outputs[0], *estimates)), strict=True)
+        return [Run(list(kept), output) for output, *kept in parts]
 
     def evidence_of(self, runs: list[Run], prior: Tensor) -> Tensor:
         """Evidence (B, H or R, *S) of one run or of several, as :meth:`evidence` gives it of all."""

@@ -69,7 +69,8 @@ class TimeConditionedUNet(nn.Module):
         Args:
             x: condition and state.
             t: times.
-            features: of the condition, where they are known already (:meth:`condition_features`).
+            features: of the condition, where they are known already (:meth:`condition_features`); (B, ., *s), or fewer
+                if the batch is a repetition of fewer conditions.
         """
         embedding = self.time(t)
         if features is None and self.condition is not None:
@@ -89,7 +90,7 @@ class TimeConditionedUNet(nn.Module):
         for i, (stage, film) in enumerate(zip(encoder.stages, self.encoder_film, strict=True)):
             h = film(stage(h), embedding)
             if self.condition is not None and features is not None:
-                h = self.condition.fusions[i](h, features[i])
+                h = self.condition.fusions[i](h, _repeated(features[i], len(h)))
             skips.append(h)
         if self.bottleneck is not None:
             skips[-1] = self.bottleneck(skips[-1])
@@ -104,31 +105,48 @@ class TimeConditionedUNet(nn.Module):
                 outputs.append(decoder.seg_layers[i](h))
         return outputs[::-1] if decoder.deep_supervision else outputs[0]
 
-    def start_from(self, weights: dict[str, Tensor]) -> int:
-        """Copy another U-Net's weights where shapes agree; input convolutions get zeros for the new channels.
+    def start_from(self, weights: dict[str, Tensor], head: bool = True) -> int:
+        """Copy another U-Net's weights where shapes agree, its encoder's also into the encoder of the condition.
 
-        With a skip the output layers stay as they are.
+        Input convolutions get zeros for the new channels.
 
         Args:
             weights: state dict of a U-Net of the same plan whose inputs are this one's first channels.
+            head: copy the output layers too; they stay as they are if the outputs are no masks, or with a skip.
 
         Returns:
             The number of tensors copied.
         """
-        own, copied = self.unet.state_dict(), 0
-        for name, value in weights.items():
-            if name not in own or (self.skip is not None and "seg_layers" in name):
-                continue
-            target, fits = own[name], own[name].shape[2:] == value.shape[2:] and own[name].shape[:1] == value.shape[:1]
-            if target.shape == value.shape:
-                target.copy_(value)
-            elif fits and value.ndim > 2 and target.shape[1] > value.shape[1]:
-                target.zero_()
-                target[:, : value.shape[1]].copy_(value)
-            else:
-                continue
-            copied += 1
-        return copied
+        head = head and self.skip is None
+        copied = _copy_into(self.unet, {k: v for k, v in weights.items() if head or "seg_layers" not in k})
+        if self.condition is None:
+            return copied
+        start = "encoder."
+        inner = {k.removeprefix(start): v for k, v in weights.items() if k.startswith(start)}
+        return copied + _copy_into(self.condition.encoder, inner)
+
+
+def _copy_into(module: nn.Module, weights: dict[str, Tensor]) -> int:
+    """Copy tensors of equal name and shape, or of fewer input channels; the number of them."""
+    own, copied = module.state_dict(), 0
+    for name, value in weights.items():
+        if name not in own:
+            continue
+        target, fits = own[name], own[name].shape[2:] == value.shape[2:] and own[name].shape[:1] == value.shape[:1]
+        if target.shape == value.shape:
+            target.copy_(value)
+        elif fits and value.ndim > 2 and target.shape[1] > value.shape[1]:
+            target.zero_()
+            target[:, : value.shape[1]].copy_(value)
+        else:
+            continue
+        copied += 1
+    return copied
+
+
+def _repeated(features: Tensor, size: int) -> Tensor:
+    """Features of a batch (b, ., *s), once for every repetition of it in a batch of ``size``."""
+    return features if len(features) == size else features.repeat(size // len(features), *([1] * (features.ndim - 1)))
 
 
 def _require_stages(unet: nn.Module) -> None:

@@ -8,22 +8,20 @@ and one fold alone can be trained, calibrated and used.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from nnunet_diffrefine.data import PriorDataset
 from nnunet_diffrefine.inference.volume import GivenPrior, references, volume_predictor, whole
+from nnunet_diffrefine.training.thresholds import ThresholdChoice
 
 if TYPE_CHECKING:
     from nnunet_diffrefine.training.trainer import DiffRefineTrainer
 
-CANDIDATES = (*(round(0.05 * k, 2) for k in range(1, 20)), 0.97, 0.98, 0.99, 0.995, 0.999, 1.0)
-"""Probabilities from which on an error is mended; 1 never mends any."""
 SEED = 12345
 
 
@@ -54,23 +52,20 @@ def calibrate(trainer: DiffRefineTrainer, cases: Sequence[str]) -> None:
         type(trainer).__name__,
         trainer.device,
     )
-
-    def scored() -> Iterable[np.ndarray]:
-        for case in cases:
-            stacked, segmentation, _, _ = data.load_case(case)
-            x = whole(stacked)
-            evidence = predictor.predict_sliding_window_return_logits(x)[-foreground.channels :].float().cpu()
-            prior = x[None, -foreground.channels :]
-            hard = foreground.decide(foreground.logits(prior))[0] > 0
-            yield dice_of_candidates(evidence, hard, *references(np.asarray(segmentation[:]), trainer.label_manager))
-
-    dice = np.mean(np.stack(list(scored())), 0)
-    chosen = best_candidates(dice)
-    network.thresholds.copy_(torch.tensor([CANDIDATES[k] for k in chosen]).logit())
-    for name, row, k in zip(foreground.names, dice, chosen, strict=True):
+    choice = ThresholdChoice(network.method.decide, foreground)
+    for case in cases:
+        stacked, segmentation, _, _ = data.load_case(case)
+        x = whole(stacked)
+        evidence = predictor.predict_sliding_window_return_logits(x)[-foreground.channels :].float().cpu()
+        reference, valid = references(np.asarray(segmentation[:]), trainer.label_manager)
+        choice.add(evidence, x[-foreground.channels :], reference, valid)
+    chosen = choice.best()
+    network.thresholds.copy_(torch.tensor(chosen).logit())
+    before, after = (choice.dice(t) for t in ([1.0] * foreground.channels, chosen))
+    for name, threshold, one, two in zip(foreground.names, chosen, before, after, strict=True):
         trainer.print_to_log_file(
-            f"Threshold of '{name}' from {len(cases)} held-out cases: {CANDIDATES[k]:g}; "
-            f"their Dice: stage one {row[-1]:.4f}, refined {row[k]:.4f}"
+            f"Threshold of '{name}' from {len(cases)} held-out cases: {threshold:g}; "
+            f"their Dice: stage one {one:.4f}, refined {two:.4f}"
         )
 
 
@@ -84,29 +79,3 @@ def hand_to_best_checkpoint(trainer: DiffRefineTrainer) -> None:
     temporary = file.with_suffix(".pth.tmp")
     torch.save(checkpoint, temporary)
     os.replace(temporary, file)
-
-
-def dice_of_candidates(evidence: Tensor, hard: Tensor, reference: Tensor, valid: Tensor) -> np.ndarray:
-    """Dice (R, K) of a case after flipping with each of the K candidates.
-
-    Both masks empty counts 1, so that every candidate is judged on the same cases and false alarms cost.
-
-    Args:
-        evidence: logits of the errors, (R, D, H, W).
-        hard: stage one's decision, bool, (R, D, H, W).
-        reference: bool, (R, D, H, W).
-        valid: bool, (1, D, H, W).
-    """
-    rows = []
-    for threshold in torch.tensor(CANDIDATES).logit().tolist():
-        mask = (hard ^ (evidence > threshold)) & valid
-        truth = reference & valid
-        overlap, total = (mask & truth).flatten(1).sum(1), (mask.long() + truth.long()).flatten(1).sum(1)
-        rows.append(torch.where(total > 0, 2 * overlap / total, 1.0).numpy())
-    return np.stack(rows, 1)
-
-
-def best_candidates(dice: np.ndarray) -> list[int]:
-    """Index of the best candidate of each class, (R, K) -> R; of equal ones the most cautious."""
-    last = dice.shape[1] - 1
-    return [last - int(np.argmax(row[::-1])) for row in dice]

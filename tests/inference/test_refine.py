@@ -307,7 +307,7 @@ class TestConditionFeatures:
     @pytest.mark.parametrize("cache", [0, 2**30], ids=["recomputed", "kept"])
     def test_computed_once_a_window_where_memory_allows(self, cache, monkeypatch):
         net, calls = self.network().eval(), []
-        net.denoiser.condition.register_forward_hook(lambda *_: calls.append(1))
+        net.denoiser.condition.register_forward_hook(lambda _, inputs, __: calls.extend(inputs[0]))
         monkeypatch.setattr("nnunet_diffrefine.inference.refine.cache_size", lambda _: cache)
         image, prior = volume(LABELS)
         result = refine_volume([net], image, prior, whole(prior), PATCH, OPTIONS)
@@ -320,4 +320,33 @@ class TestConditionFeatures:
         for cache in (0, 2**30):
             monkeypatch.setattr("nnunet_diffrefine.inference.refine.cache_size", lambda _, cache=cache: cache)
             results.append(refine_volume([net], image, prior, whole(prior), PATCH, OPTIONS).logits)
-        assert torch.equal(*results)
+        torch.testing.assert_close(*results, atol=1e-5, rtol=0)
+
+
+class TestNotOnDevice:
+    """Volumes in main memory; the windows are where the network is."""
+
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+    @pytest.mark.gpu
+    @BOTH
+    def test_deterministic_methods_give_the_same_on_a_gpu(self, foreground):
+        net = network(foreground, METHODS["bridge"]).cuda()
+        image, prior = volume(foreground)
+        found = []
+        for on_device in (True, False):
+            options = RefineOptions(torch.device("cuda"), on_device, True, False, True)
+            found.append(refine_volume([net], image, prior, whole(prior), PATCH, options))
+            assert found[-1].logits.device == CPU
+        for name in ("logits", "error", "probabilities"):
+            torch.testing.assert_close(*(getattr(result, name) for result in found), atol=2e-2, rtol=2e-2)
+        assert found[0].changed.any()
+
+    @pytest.mark.parametrize("kind", ["bridge", "gaussian"])
+    def test_on_the_cpu_it_changes_nothing(self, kind):
+        net = network(LABELS, METHODS[kind])
+        image, prior = volume(LABELS)
+        found = [
+            refine_volume([net], image, prior, whole(prior), PATCH, RefineOptions(CPU, on_device)).logits
+            for on_device in (True, False)
+        ]
+        assert torch.equal(*found)

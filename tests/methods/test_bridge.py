@@ -167,8 +167,8 @@ def test_samples_of_a_discrete_state_are_averaged_in_probability(foreground: For
     many = bridge(foreground, "discrete", steps=1, samples=3)
     denoiser = Recording(many)
     result = many.refine(denoiser, batch.image, batch.prior, generator(5))
-    passes = [denoiser.network(x, t) for x, t in zip(denoiser.inputs, denoiser.times, strict=True)]
-    assert len(passes) == 3
+    assert len(denoiser.inputs) == 1
+    passes = denoiser.network(denoiser.inputs[0], denoiser.times[0]).chunk(3)
     assert not torch.equal(passes[0], passes[1])
     mean = torch.stack([foreground.probabilities(logits) for logits in passes]).mean(0)
     torch.testing.assert_close(foreground.probabilities(result), mean, atol=3e-4, rtol=0)

@@ -122,7 +122,7 @@ def test_a_window_costs_steps_times_seeds_and_one_pass_of_the_condition(name: st
     method, passes = network.method, {"denoiser": 0, "condition": 0}
 
     def count(part: str) -> Callable[..., None]:
-        return lambda *_: passes.update({part: passes[part] + 1})
+        return lambda _, inputs, __: passes.update({part: passes[part] + len(inputs[0])})
 
     network.denoiser.register_forward_hook(count("denoiser"))
     if network.denoiser.condition is not None:

@@ -5,6 +5,7 @@ import torch
 from dynamic_network_architectures.architectures.unet import ResidualUNet
 from torch import Tensor, nn
 
+from nnunet_diffrefine.networks.condition_encoder import ConditionEncoder
 from nnunet_diffrefine.networks.denoiser import TimeConditionedUNet
 from nnunet_diffrefine.networks.time_embedding import FiLM, TimeEmbedding, sinusoid
 from tests.builders import generator, unet
@@ -132,6 +133,25 @@ class TestStartFrom:
         assert denoiser.start_from(stage_one) == sum("seg_layers" not in name for name in stage_one)
         for name, value in denoiser.unet.state_dict().items():
             assert torch.equal(value, before[name] if "seg_layers" in name else stage_one[name]), name
+
+    @KINDS
+    def test_output_layers_of_masks_stay_out_of_other_outputs(self, kind: str) -> None:
+        stage_one = unet(kind, inputs=2, seed=1).state_dict()
+        denoiser = TimeConditionedUNet(unet(kind, inputs=2, seed=2))
+        before = {n: v.clone() for n, v in denoiser.unet.state_dict().items()}
+        denoiser.start_from(stage_one, head=False)
+        for name, value in denoiser.unet.state_dict().items():
+            assert torch.equal(value, before[name] if "seg_layers" in name else stage_one[name]), name
+
+    @KINDS
+    def test_the_encoder_of_the_condition_starts_as_a_copy_of_the_encoder(self, kind: str) -> None:
+        stage_one = unet(kind, inputs=2, seed=1)
+        encoder = ConditionEncoder(unet(kind, inputs=3, seed=3).encoder, 3, "add")
+        TimeConditionedUNet(unet(kind, inputs=5, seed=2), condition=encoder).start_from(stage_one.state_dict())
+        x = images()
+        features = encoder(torch.cat((x, torch.rand(2, 1, *x.shape[2:])), 1))
+        for own, wanted in zip(features, stage_one.encoder(x), strict=True):
+            torch.testing.assert_close(own, wanted, atol=1e-5, rtol=1e-5)
 
     def test_the_other_networks_weights_are_copied_not_shared(self) -> None:
         stage_one = unet(seed=1)

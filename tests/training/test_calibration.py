@@ -6,15 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from nnunet_diffrefine.batch import Foreground
 from nnunet_diffrefine.inference.volume import NO_ERROR, GivenPrior
-from nnunet_diffrefine.training.trainer_calibration import (
-    CANDIDATES,
-    best_candidates,
-    dice_of_candidates,
-    held_out,
-    references,
-)
-from tests.builders import LABELS, REGIONS, batch_of, generator, network_of
+from nnunet_diffrefine.training.thresholds import ThresholdChoice
+from nnunet_diffrefine.training.trainer_calibration import held_out, references
+from tests.builders import LABELS, REGIONS, batch_of, generator, method_of, network_of
+from tests.methods.rediffinet_family import NESTED
 
 CASES = [f"case_{k:02d}" for k in range(40)]
 ERROR = {"target": "absolute"}
@@ -37,51 +34,86 @@ class TestHeldOut:
         assert len(held_out(CASES[:2], 0.5, 0)) == 1
 
 
-def planted(shape: tuple[int, ...] = (2, 6, 8, 8)) -> tuple[torch.Tensor, ...]:
-    """Evidence that is right above 0.8, wrong between 0.5 and 0.8: hard prior, reference, evidence, valid mask."""
-    g = generator(5)
+def choice_of(foreground: Foreground, *cases: tuple[torch.Tensor, ...]) -> ThresholdChoice:
+    method = method_of(foreground, "discrepancy_unet", error=ERROR, process={"kind": "none"})
+    choice = ThresholdChoice(method.decide, foreground)
+    for case in cases:
+        choice.add(*case)
+    return choice
+
+
+def planted(foreground: Foreground, seed: int = 5) -> tuple[torch.Tensor, ...]:
+    """Evidence that is right above 0.8, wrong between 0.5 and 0.8: evidence, prior, reference, valid mask."""
+    g, shape = generator(seed), (2, 6, 8, 8)
     reference = torch.rand(shape, generator=g) < 0.3
+    if foreground.exclusive:
+        reference[1] &= ~reference[0]
+    else:
+        reference[1] &= reference[0]
     wrong = torch.rand(shape, generator=g) < 0.1
+    prior = reference ^ wrong
+    if foreground.exclusive:
+        prior[1] &= ~prior[0]
+    else:
+        prior[1] &= prior[0]
+    wrong = prior ^ reference
     tempting = (torch.rand(shape, generator=g) < 0.2) & ~wrong
-    p = torch.full(shape, 0.1).masked_fill(wrong, 0.9).masked_fill(tempting, 0.7)
-    return reference ^ wrong, reference, p.logit(), torch.ones(1, *shape[1:], dtype=torch.bool)
+    p = torch.full(shape, 0.02).masked_fill(wrong, 0.9).masked_fill(tempting, 0.7)
+    return p.logit(), prior.float(), reference, torch.ones(1, *shape[1:], dtype=torch.bool)
 
 
+@pytest.mark.parametrize("foreground", [LABELS, NESTED], ids=["labels", "regions"])
 class TestThresholds:
-    def test_the_best_is_found_and_mends_everything(self) -> None:
-        hard, reference, evidence, valid = planted()
-        dice = dice_of_candidates(evidence, hard, reference, valid)
-        chosen = best_candidates(dice)
-        assert dice.shape == (2, len(CANDIDATES))
-        for row, k in zip(dice, chosen, strict=True):
-            assert row[k] == 1.0
-            assert 0.7 <= CANDIDATES[k] < 0.9
-            assert row[CANDIDATES.index(0.5)] < row[-1], "flipping at one half is worse than not flipping here"
+    def test_the_best_are_found_and_mend_everything(self, foreground: Foreground) -> None:
+        choice = choice_of(foreground, planted(foreground), planted(foreground, 6))
+        chosen = choice.best()
+        assert choice.dice(chosen).tolist() == [1.0, 1.0]
+        assert all(0.7 <= threshold < 0.9 for threshold in chosen)
+        assert (choice.dice([0.5, 0.5]) < choice.dice([1.0, 1.0])).all(), "flipping at one half is worse than never"
 
-    def test_of_equal_ones_the_most_cautious(self) -> None:
-        assert best_candidates(np.array([[0.5, 0.9, 0.9, 0.1], [1.0] * 4])) == [2, 3]
+    def test_dice_is_that_of_the_masks_the_method_decides_on(self, foreground: Foreground) -> None:
+        evidence, prior, reference, valid = planted(foreground)
+        evidence = evidence + torch.randn(evidence.shape, generator=generator(8))
+        choice = choice_of(foreground, (evidence, prior, reference, valid))
+        for thresholds in ([0.5, 0.5], [0.9, 0.1], [1.0, 0.6], [1.0, 1.0]):
+            logits = choice.decide(evidence[None], prior[None], torch.tensor(thresholds).logit())
+            mask = foreground.decide(logits)[0] > 0
+            sizes = mask.flatten(1).sum(1) + reference.flatten(1).sum(1)
+            wanted = 2 * (mask & reference).flatten(1).sum(1) / sizes
+            assert choice.dice(thresholds) == pytest.approx(wanted.numpy())
 
-    def test_the_last_candidate_leaves_stage_one_alone(self) -> None:
-        hard, reference, evidence, valid = planted()
-        dice = dice_of_candidates(torch.full_like(evidence, 100.0), hard, reference, valid)
-        own = 2 * (hard & reference).flatten(1).sum(1) / (hard.flatten(1).sum(1) + reference.flatten(1).sum(1))
-        assert dice[:, -1] == pytest.approx(own.numpy())
-        assert math.isinf(torch.tensor(CANDIDATES[-1]).logit())
+    def test_nothing_to_gain_leaves_stage_one_alone(self, foreground: Foreground) -> None:
+        evidence, prior, _, valid = planted(foreground)
+        choice = choice_of(foreground, (evidence + 3, prior, prior > 0, valid))
+        assert choice.best() == [1.0, 1.0]
+        assert math.isinf(torch.tensor(1.0).logit())
 
-    def test_what_is_ignored_does_not_count(self) -> None:
-        hard, reference, evidence, valid = planted()
+    def test_what_is_ignored_does_not_count(self, foreground: Foreground) -> None:
+        evidence, prior, reference, valid = planted(foreground)
         valid[:, :3] = False
-        dice = dice_of_candidates(evidence, hard, reference, valid)
-        reference[:, :3] ^= True
-        assert np.array_equal(dice, dice_of_candidates(evidence, hard, reference, valid))
-        reference[:, 3:] ^= True
-        assert not np.array_equal(dice, dice_of_candidates(evidence, hard, reference, valid))
+        dice = choice_of(foreground, (evidence, prior, reference, valid)).dice([0.8, 0.8])
+        for part, same in ((slice(0, 3), True), (slice(3, 6), False)):
+            other = reference.clone()
+            other[:, part] ^= True
+            changed = choice_of(foreground, (evidence, prior, other, valid)).dice([0.8, 0.8])
+            assert np.array_equal(dice, changed) == same
 
-    def test_a_false_alarm_in_an_empty_case_costs_all_of_its_dice(self) -> None:
-        nothing = torch.zeros(1, 2, 2, 2, dtype=torch.bool)
-        evidence = torch.full((1, 2, 2, 2), 0.7).logit()
-        (row,) = dice_of_candidates(evidence, nothing, nothing, torch.ones_like(nothing))
-        assert row.tolist() == [float(candidate >= 0.7) for candidate in CANDIDATES]
+    def test_a_false_alarm_in_an_empty_case_costs_all_of_its_dice(self, foreground: Foreground) -> None:
+        nothing, valid = torch.zeros(2, 2, 2, 2), torch.ones(1, 2, 2, 2, dtype=torch.bool)
+        evidence = torch.full((2, 2, 2, 2), 0.7).logit()
+        choice = choice_of(foreground, (evidence, nothing, nothing > 0, valid))
+        assert choice.dice([0.65, 0.65]).min() == 0
+        assert choice.dice([0.75, 0.75]).tolist() == [1.0, 1.0]
+
+
+def test_a_class_that_may_not_lose_voxels_takes_none_from_another() -> None:
+    """Chosen class by class, b would be credited for voxels that the decision never gives it, because a keeps them."""
+    prior = torch.tensor([[1.0, 1.0, 1.0, 0.0], [0.0, 0.0, 0.0, 0.0]]).view(2, 1, 1, 4)
+    reference = torch.tensor([[1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0]]).view(2, 1, 1, 4) > 0
+    p = torch.tensor([[0.02, 0.02, 0.9, 0.02], [0.02, 0.02, 0.6, 0.02]]).view(2, 1, 1, 4)
+    choice = choice_of(LABELS, (p.logit(), prior, reference, torch.ones(1, 1, 1, 4, dtype=torch.bool)))
+    assert choice.dice([1.0, 0.55]).tolist() == pytest.approx([0.8, 0.0])
+    assert choice.dice(choice.best()).tolist() == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("foreground", [LABELS, REGIONS], ids=["labels", "regions"])
