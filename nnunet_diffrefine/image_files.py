@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import gzip
+import json
 import math
+import re
 import struct
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, cast
@@ -19,6 +22,7 @@ DIRECTION_TOLERANCE = 1e-3  # of a cosine; quaternions in NIfTI headers are that
 CHUNK = 1 << 20
 FLOATS = {16: "f4", 64: "f8"}
 """NIfTI's codes of floating point types."""
+TIFF = (".tif", ".tiff")
 
 
 @dataclass(frozen=True)
@@ -54,11 +58,18 @@ class Header:
         return found
 
 
-def read_header(file: Path) -> Header:
+def read_header(file: Path, *twins: Path) -> Header:
     """Read the header of an image or label map.
 
+    TIFF files hold no spacing in mm. It is read from ``CASE.json`` beside ``CASE.tif`` or ``CASE_0000.tif``, where
+    nnU-Net's ``Tiff3DIO`` keeps it.
+
+    Args:
+        file: image or label map.
+        twins: files on the same grid, whose ``CASE.json`` counts where a TIFF file has none of its own.
+
     Raises:
-        ValueError: unreadable, or not 3D with one value a voxel.
+        ValueError: unreadable, not 3D with one value a voxel, or a TIFF file without spacing.
     """
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(file))
@@ -71,7 +82,29 @@ def read_header(file: Path) -> Header:
             f"{file} has {reader.GetDimension()} axes and {reader.GetNumberOfComponents()} value(s) a voxel; wanted a "
             "3D volume with one. 2D and 4D images cannot be used."
         )
-    return Header(reader.GetSize(), reader.GetSpacing(), reader.GetOrigin(), reader.GetDirection())
+    spacing = _tiff_spacing((file, *twins)) if file.suffix.lower() in TIFF else reader.GetSpacing()
+    return Header(reader.GetSize(), spacing, reader.GetOrigin(), reader.GetDirection())
+
+
+def _tiff_spacing(files: Sequence[Path]) -> tuple[float, ...]:
+    """Spacing in the order x, y, z, of the first file that has a ``CASE.json``; there it is in that of array axes."""
+    stems = [(file, re.sub(r"_\d{4}$", "", file.stem)) for file in files]
+    beside = [file.with_name(f"{name}.json") for file, case in stems for name in dict.fromkeys((file.stem, case))]
+    found = next((sidecar for sidecar in beside if sidecar.is_file()), None)
+    wanted = 'wanted {"spacing": [z, y, x]} in mm, as nnU-Net keeps it'
+    if found is None:
+        raise ValueError(
+            f"{files[0]} has no spacing, so nothing can be said in mm: TIFF files hold none, and there is no "
+            f"{files[0].with_name(stems[0][1])}.json beside it; {wanted}. Write one for each case."
+        )
+    try:
+        spacing = json.loads(found.read_text(encoding="utf-8"))["spacing"]
+        z, y, x = (float(step) for step in spacing)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{found} is not what nnU-Net keeps beside a TIFF file ({error!r}); {wanted}.") from error
+    if not all(0 < step < math.inf for step in (x, y, z)):
+        raise ValueError(f"{found} has spacing {spacing}; {wanted}, each above 0.")
+    return x, y, z
 
 
 def read_array(file: Path) -> np.ndarray:

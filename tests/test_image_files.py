@@ -1,11 +1,13 @@
 """What readers of images let pass without a word is refused: truncated NIfTI files, NaN and infinity in them."""
 
 import gzip
+import json
 import struct
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 
 from nnunet_diffrefine import image_files
 from nnunet_diffrefine.image_files import read_array, read_header, read_labels, refuse_damaged
@@ -81,3 +83,75 @@ def test_both_byte_orders_are_understood_and_what_follows_the_data_is_not_looked
     file.write_bytes(header + bytes(3))
     with pytest.raises(ValueError, match="its last 5 bytes are missing"):
         refuse_damaged(file)
+
+
+TIFF_SPACING = [3.0, 1.0, 0.5]  # z, y, x, as nnU-Net keeps it
+
+
+def write_tiff(file, **properties):
+    """A label map as nnU-Net writes it, with CASE.json beside it if it has properties."""
+    labels = np.arange(5 * 6 * 7).reshape(5, 6, 7) % 4
+    Tiff3DIO().write_seg(labels, str(file), {"spacing": None, **properties})
+    if not properties:
+        file.with_suffix(".json").unlink()
+    return labels
+
+
+@pytest.mark.parametrize("ending", [".tif", ".tiff"])
+def test_tiff_files_have_the_spacing_and_the_axes_that_nnunet_gives_them(tmp_path, ending):
+    file = tmp_path / f"case{ending}"
+    labels = write_tiff(file, spacing=TIFF_SPACING)
+    theirs, properties = Tiff3DIO().read_seg(str(file))
+    header = read_header(file)
+    assert list(header.spacing[::-1]) == properties["spacing"] == TIFF_SPACING
+    assert header.size == (7, 6, 5)
+    np.testing.assert_array_equal(read_labels(file), theirs[0])
+    np.testing.assert_array_equal(read_labels(file), labels)
+
+
+def test_channels_of_a_tiff_image_share_the_spacing_of_their_case(tmp_path):
+    for channel in ("case_0000.tif", "case_0001.tif"):
+        write_tiff(tmp_path / channel)
+    (tmp_path / "case.json").write_text(json.dumps({"spacing": TIFF_SPACING}))
+    assert Tiff3DIO().read_images([str(tmp_path / "case_0001.tif")])[1]["spacing"] == TIFF_SPACING
+    assert read_header(tmp_path / "case_0001.tif").spacing == tuple(TIFF_SPACING[::-1])
+
+
+def test_a_tiff_file_without_spacing_is_refused_unless_its_twin_has_one(tmp_path):
+    """SimpleITK would say 1 mm, or what the resolution meant for printers says."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    alone, twin = tmp_path / "a" / "case.tif", tmp_path / "b" / "case.tif"
+    write_tiff(alone)
+    write_tiff(twin, spacing=TIFF_SPACING)
+    with pytest.raises(ValueError, match=r"a.case\.tif has no spacing.* there is no .*a.case\.json beside it; wanted"):
+        read_header(alone)
+    assert read_header(alone, twin) == read_header(twin)
+    (alone.with_suffix(".json")).write_text('{"spacing": [2, 2, 2]}')
+    assert read_header(alone, twin).spacing == (2, 2, 2)  # its own counts
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "no json",
+        "{}",
+        "[]",
+        '{"spacing": 1}',
+        '{"spacing": [1, 1]}',
+        '{"spacing": [1, 1, 0]}',
+        '{"spacing": [1, 1, NaN]}',
+    ],
+)
+def test_what_is_no_spacing_is_refused_by_name(tmp_path, content):
+    write_tiff(tmp_path / "case.tif")
+    (tmp_path / "case.json").write_text(content)
+    with pytest.raises(ValueError, match=r'case\.json .*wanted {"spacing": \[z, y, x\]} in mm'):
+        read_header(tmp_path / "case.tif")
+
+
+@pytest.mark.parametrize("ending", [".png", ".bmp", ".tif"])
+def test_natural_images_are_refused_as_2d(tmp_path, ending):
+    file = write(tmp_path / f"case{ending}", np.zeros((8, 9), np.uint8))
+    with pytest.raises(ValueError, match=f"case{ending} has 2 axes.*2D and 4D images cannot be used"):
+        read_header(file)

@@ -106,7 +106,7 @@ class TestSettings:
         block = {"process": {"timesteps": 50}, "sampling": {"seed": 3}}
         config = settings({BLOCK: block}, "mask_diffusion")
         assert (config.process.timesteps, config.sampling.seed) == (50, 3)
-        assert (config.process.input_scale, config.sampling.samples) == (0.5, 4)
+        assert (config.process.input_scale, config.sampling.samples) == (0.5, 2)
 
     def test_a_block_of_another_method_is_refused(self) -> None:
         with pytest.raises(ConfigError, match="for method 'bridge', not for 'mask_diffusion'"):

@@ -42,7 +42,7 @@ class Process(ABC):
 
 
 def at_times(table: Tensor, t: Tensor) -> Tensor:
-    """Values (B,) of a float64 table (T + 1,) at integer times (B,), on its device; float32 on MPS, where that is all."""
+    """Values (B,) of a float64 table (T + 1,) at times (B,), on their device; float32 on MPS, where that is all."""
     return (table.float() if t.device.type == "mps" else table).to(t.device)[t]
 
 

@@ -50,7 +50,8 @@ def pair_cases(reference_folder: Path, prediction_folder: Path, file_ending: str
         raise ValueError(f"There is no *{file_ending} in {prediction_folder}; nothing to evaluate.")
     cases, faults = [], []
     for name in sorted(predictions):
-        ours, theirs = read_header(references[name]), read_header(predictions[name])
+        files = (references[name], predictions[name])
+        ours, theirs = read_header(*files), read_header(*files[::-1])
         if found := ours.differences(theirs):
             faults.append(f"{name}: {'; '.join(found)}")
         cases.append(Case(name, references[name], predictions[name], ours))

@@ -36,6 +36,11 @@ class Classes:
         """The values a prediction may hold: background and every part of a class."""
         return frozenset({0}.union(*(c.values for c in self.evaluated)))
 
+    @property
+    def regions(self) -> bool:
+        """Whether probabilities are of regions, each for itself, instead of labels that exclude each other."""
+        return any(len(c.values) > 1 for c in self.evaluated)
+
     def masks(self, labels: np.ndarray) -> dict[str, np.ndarray]:
         """Boolean mask of each class, of the shape of ``labels``; regions may overlap."""
         return {c.name: np.isin(labels, c.values) for c in self.evaluated}

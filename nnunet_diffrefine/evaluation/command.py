@@ -14,7 +14,8 @@ HD95 by the BraTS 2023 rule, for every case and label (or region, if dataset.jso
 Writes into the output folder
   metrics.csv    one row a value: case, label, metric, value, unit; an empty value means there is none
   metrics.json   what each metric means, settings, spacing, how many masks were empty, means, versions
-Reads nnU-Net's prediction and validation folders as they are; summary.json is left alone.
+Reads nnU-Net's prediction and validation folders as they are; summary.json is left alone. Takes the arguments of
+nnUNetv2_evaluate_folder, but -o is a folder here and a file there, and -pfile is not needed.
 
 Libraries disagree about HD95: docs/metrics.md says what is computed here and how others differ.
 """
@@ -38,10 +39,18 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("gt_folder", type=Path, metavar="GT_FOLDER", help="references, for example labelsTr")
     parser.add_argument("pred_folder", type=Path, metavar="PRED_FOLDER", help="predictions, files of the same names")
     parser.add_argument("-djfile", type=Path, required=True, metavar="DATASET_JSON", help="nnU-Net's dataset.json")
+    parser.add_argument(
+        "-pfile", type=Path, metavar="PLANS_JSON", help="ignored; labels, regions and file ending are in DATASET_JSON"
+    )
     parser.add_argument("-o", type=Path, metavar="OUT_FOLDER", help="where the two files go [PRED_FOLDER]")
     processes = min(8, os.cpu_count() or 1)
     parser.add_argument("-np", type=int, default=processes, metavar="N", help=f"cases at once [{processes}]")
     parser.add_argument("--chill", action="store_true", help="allow references without a prediction")
+    _add_metric_arguments(parser)
+    parser.set_defaults(func=run)
+
+
+def _add_metric_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tolerances",
         type=float,
@@ -57,11 +66,6 @@ def register(subparsers: argparse._SubParsersAction) -> None:
         help="what empty masks count. nnunet: no value if both are empty, overlap 0 and the image's diagonal as "
         "distance if one is. brats: overlap 1 and 0 mm if both are, 0 and 374 mm if one is [nnunet]",
     )
-    _add_lesion_arguments(parser)
-    parser.set_defaults(func=run)
-
-
-def _add_lesion_arguments(parser: argparse.ArgumentParser) -> None:
     lesions = parser.add_argument_group("lesion rule", "BraTS 2023: gliomas 3, 50; meningiomas 1, 50; metastases 1, 2")
     lesions.add_argument(
         "--lesion_dilation",
@@ -85,6 +89,11 @@ def run(args: argparse.Namespace) -> None:
     from nnunet_diffrefine.evaluation.lesions import LesionRule
     from nnunet_diffrefine.evaluation.run import evaluate_folders
 
+    if args.o is not None and args.o.suffix == ".json":
+        raise ValueError(
+            f"-o is {args.o}; wanted a folder, for metrics.csv and metrics.json (only nnUNetv2_evaluate_folder wants a "
+            f"file). Try -o {args.o.with_suffix('')}."
+        )
     rule = LesionRule(args.lesion_dilation, args.lesion_min_volume)
     settings = Settings(tuple(args.tolerances), args.empty, rule)
     output = args.o or args.pred_folder

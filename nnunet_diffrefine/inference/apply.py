@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from nnunet_diffrefine.inference.checks import (
     check_request,
     check_spread,
 )
-from nnunet_diffrefine.inference.decided import with_record
+from nnunet_diffrefine.inference.decided import other_decisions, with_record
 from nnunet_diffrefine.inference.files import CaseFiles, OutputFolder, find_cases
 from nnunet_diffrefine.inference.geometry import Geometry
 from nnunet_diffrefine.inference.model import Model, load_model
@@ -55,16 +54,16 @@ def apply(request: Request) -> list[CaseResult]:
     work = case_work(request, model)
     check_spread(request, model)
     check_maps(work)
-    cases = _cases(request, model, work)
+    cases = _cases(request, model)
     record = settings_record(request, model, work)
-    check_record(request, record)
-    work.output.begin()
-    try:
-        results = list(_run(request, model, work, cases, record))
-        write_table(work.output)
-    finally:
-        work.output.end()
-    print(summary(results, request.output))
+    check_record(work, record)
+    todo = _todo(request, work, cases)
+    with work.output.begun():
+        results = list(_run(request, model, work, todo, record))
+        write_table(work.output, work.ending)
+    if all(work.is_done(case.name) for case in cases):
+        work.output.clear_up()
+    print(summary(results, request, len(cases)))
     return results
 
 
@@ -74,11 +73,16 @@ def _calibrated(request: Request, model: Model) -> Model:
     return model if any(request.predictions.glob("*.npz")) else replace(model, record=None)
 
 
-def _cases(request: Request, model: Model, work: CaseWork) -> list[CaseFiles]:
-    """The cases of this part that are not done yet; their headers agree."""
+def _cases(request: Request, model: Model) -> list[CaseFiles]:
+    """The cases of all parts."""
     names = model.dataset_json.get("channel_names") or model.dataset_json["modality"]
     cases = find_cases(request.images, request.predictions, model.dataset_json["file_ending"], len(names))
     check_dataset(request.predictions, model.dataset_json)
+    return cases
+
+
+def _todo(request: Request, work: CaseWork, cases: list[CaseFiles]) -> list[CaseFiles]:
+    """The cases of this part that are not done yet; their headers agree."""
     cases = cases[request.part_id :: request.num_parts]
     if request.continue_prediction:
         cases = [case for case in cases if not work.is_done(case.name)]
@@ -96,6 +100,7 @@ def _run(
         checked = before.ahead(check_content, ((case, work.geometry) for case in todo))
         for _ in tqdm(checked, total=len(todo), desc="check contents", unit="case", disable=quiet, leave=False):
             pass
+        check_record(work, record)  # another part may have begun since
         for name, values in ((RECORD, record), ("plans.json", model.plans), ("dataset.json", model.dataset_json)):
             work.output.write_json(name, values)
         with tqdm(total=len(todo), desc="apply", unit="case", disable=quiet) as bar:
@@ -172,10 +177,13 @@ def judge_of(request: Request, model: Model) -> Judge:
     if record is None:
         soft = any(request.predictions.glob("*.npz"))
         notes.append("not calibrated" if soft else "not calibrated: the input has no probabilities")
-    elif record.sampling != asdict(model.network.sampling):
-        notes.append("calibrated with other sampling settings")
-    elif record.region != asdict(region):
-        notes.append("calibrated with another region")
+    else:
+        if record.sampling != asdict(model.network.sampling):
+            notes.append("calibrated with other sampling settings")
+        if record.region != asdict(region):
+            notes.append("calibrated with another region")
+        if other := other_decisions(record, model.network.gate):
+            notes.append(f"calibrated with another gate or offset of {', '.join(other)}")
     return Judge.of(record, model.network.foreground, "; ".join(notes))
 
 
@@ -197,6 +205,7 @@ def settings_record(request: Request, model: Model, work: CaseWork) -> dict[str,
         "soften": request.soften,
         "device": request.device,
         "on_device": request.on_device,
+        "images": os.path.abspath(request.images),
         "predictions": os.path.abspath(request.predictions),
         "gate": _gate(model.network.gate),
         "calibration": None if model.record is None else calibration_of(model.record),
@@ -219,10 +228,14 @@ def calibration_of(record: Record) -> dict[str, Any]:
     }
 
 
-def summary(results: Sequence[CaseResult], output: Path) -> str:
-    """One line about all cases."""
+def summary(results: Sequence[CaseResult], request: Request, cases: int) -> str:
+    """One line about what was done with this part of the cases."""
+    output, part = request.output, request.part_id
+    if part >= cases:
+        return f"Nothing to do: there are {cases} case(s) for {request.num_parts} parts, and none for -part_id {part}."
     if not results:
-        return f"Nothing to do: every case is complete in {output}."
+        of_part = f" of -part_id {part}" if request.num_parts > 1 else ""
+        return f"Nothing to do: every case{of_part} is complete in {output}."
     visited, everything = sum(r.windows for r in results), sum(r.all_windows for r in results)
     changed = sum(r.changed for r in results) / len(results)
     return (f"{len(results)} case(s) refined in {output}: {visited} of {everything} windows visited, "

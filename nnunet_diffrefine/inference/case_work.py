@@ -48,11 +48,16 @@ class CaseWork:
     maps: tuple[str, ...]
     judge: Judge
 
+    @property
+    def ending(self) -> str:
+        """File ending of images and label maps."""
+        return str(self.geometry.dataset_json["file_ending"])
+
     def products(self, case: str) -> list[str]:
         """Names of all files of a finished case; the label map, written last, comes last."""
-        ending = self.geometry.dataset_json["file_ending"]
         soft = [f"{case}.npz", f"{case}.pkl"] if self.save_probabilities else []
-        return [*(f"{name}/{case}{ending}" for name in self.maps), *soft, case_file(case), f"{case}{ending}"]
+        maps = (f"{name}/{case}{self.ending}" for name in self.maps)
+        return [*maps, *soft, case_file(case), f"{case}{self.ending}"]
 
     def is_done(self, case: str) -> bool:
         """Whether every file of the case is there; files appear whole or not at all."""

@@ -10,7 +10,7 @@ import torch
 
 from nnunet_diffrefine.image_files import read_header, refuse_damaged
 from nnunet_diffrefine.inference.case_work import CaseWork
-from nnunet_diffrefine.inference.files import CaseFiles
+from nnunet_diffrefine.inference.files import CaseFiles, listed
 from nnunet_diffrefine.inference.geometry import Geometry
 from nnunet_diffrefine.inference.model import Model
 from nnunet_diffrefine.inference.prediction import read_prediction
@@ -67,19 +67,25 @@ def check_maps(work: CaseWork) -> None:
         raise ValueError(f"Maps cannot be saved with this dataset's reader {reader}, which turns images.")
 
 
-def check_record(request: Request, record: dict[str, Any]) -> None:
-    """A folder that is continued was begun with the same settings.
+def check_record(work: CaseWork, record: dict[str, Any]) -> None:
+    """A folder that holds results was begun with the same settings, whether it is continued or done again.
 
     Raises:
-        ValueError: it was not.
+        ValueError: it was not, or nothing says with what.
     """
-    file = request.output / RECORD
-    if not request.continue_prediction or not file.is_file():
+    folder, file = work.output.folder, work.output.folder / RECORD
+    if not file.is_file():
+        if strange := sorted(f.name for f in folder.glob(f"*{work.ending}")):
+            raise ValueError(f"{folder} (-o) holds {len(strange)} label map(s) but no {RECORD}, so they are of "
+                             f"something else: {listed(strange)}. Choose a new or empty -o.")  # fmt: skip
         return
-    earlier = json.loads(file.read_text())
+    try:
+        earlier = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}). Choose another -o.") from error
     if other := [key for key, value in record.items() if earlier.get(key) != value]:
-        shown = "; ".join(f"{key} {earlier.get(key)} instead of {record[key]}" for key in other)
-        raise ValueError(f"{request.output} was begun with other settings: {shown}. Use the same, or another -o.")
+        shown = "; ".join(f"{key} was {earlier.get(key)}, is now {record[key]}" for key in other)
+        raise ValueError(f"{folder} (-o) was begun with other settings: {shown}. Use the same, or another -o.")
 
 
 def check_headers(case: CaseFiles) -> None:

@@ -99,6 +99,17 @@ def with_record(model: Model, refiner: StageOneId, folds: Sequence[int], checkpo
     return model
 
 
+def other_decisions(record: Record, gate: Gate) -> list[str]:
+    """Classes on which a gate decides otherwise than the calibration's results were measured with."""
+    found = []
+    for channel, (name, c) in enumerate(record.classes.items()):
+        measured = "keep" if c.measured == "keep" else c.offset
+        offset = gate.offsets[channel] if gate.offsets else 0.0
+        if measured != ("keep" if channel in gate.unchanged else offset):
+            found.append(name)
+    return found
+
+
 def _stale(record: Record, model: Model, folds: Sequence[int], checkpoint: str) -> str | None:
     """Why a record does not hold, or None."""
     if record.checkpoint != checkpoint:

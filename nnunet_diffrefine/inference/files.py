@@ -6,10 +6,16 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
+
+PARTIAL = ".partial"
+LOCK = ".lock"
 
 
 @dataclass(frozen=True)
@@ -86,32 +92,51 @@ def listed(names: Sequence[str], most: int = 10) -> str:
 class OutputFolder:
     """Files that appear under their final name only once they are complete.
 
-    They are written into a hidden folder inside and moved, so a process may be killed at any moment.
+    They are written into a hidden folder inside and moved, so a process may be killed at any moment. A lock in the
+    hidden folder is held as long as its process lives.
 
     Args:
         folder: made if it is not there.
         part: name of the process, where several share the folder.
-
-    Raises:
-        ValueError: nothing can be written there.
     """
 
     def __init__(self, folder: Path, part: str = "") -> None:
         self.folder = folder
-        self.partial = folder / f".partial{part}"
+        self.partial = folder / f"{PARTIAL}{part}"
 
-    def begin(self) -> None:
-        """Make the folders; what a killed process left half done is removed."""
+    @contextmanager
+    def begun(self) -> Iterator[None]:
+        """The hidden folder is there, without what a killed process left half done, and is removed in the end.
+
+        Raises:
+            ValueError: nothing can be written there, or another process writes as the same part.
+        """
+        lock = FileLock(self.partial / LOCK)
         try:
-            shutil.rmtree(self.partial, ignore_errors=True)
-            self.partial.mkdir(parents=True)
-            (self.partial / "probe").touch()
+            self.partial.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
+            for left in self.partial.iterdir():
+                if left.name != LOCK:
+                    left.unlink()
+        except Timeout as error:
+            raise ValueError(f"Another process writes into {self.folder} (-o) as the same part (-part_id). Wait for "
+                             f"it; if there is none, delete {self.partial}.") from error  # fmt: skip
         except OSError as error:
+            lock.release()
             raise ValueError(f"Nothing can be written into {self.folder}: {error}. Choose another -o.") from error
+        try:
+            yield
+        finally:
+            lock.release()
+            shutil.rmtree(self.partial, ignore_errors=True)
 
-    def end(self) -> None:
-        """Remove the hidden folder."""
-        shutil.rmtree(self.partial, ignore_errors=True)
+    def clear_up(self) -> None:
+        """Remove hidden folders that killed processes left; those of running ones stay."""
+        for folder in self.folder.glob(f"{PARTIAL}*"):
+            with suppress(OSError):
+                with FileLock(folder / LOCK).acquire(timeout=0):  # fails while its process lives
+                    pass
+                shutil.rmtree(folder)
 
     def write(self, name: str, write: Callable[[Path], Any]) -> None:
         """Let ``write`` make a file, then give it its ``name`` (which may have a folder in it).

@@ -76,12 +76,12 @@ class Geometry:
         return np.asarray(resampled, np.float32).clip(0, 1)
 
     def backward(self, values: np.ndarray, properties: dict[str, Any]) -> np.ndarray:
-        """A map (D, H, W) -> (Z, Y, X), resampled as probabilities are, 0 outside of the crop."""
+        """A map (D, H, W) in [0, 1] -> (Z, Y, X), resampled as probabilities are, 0 outside of the crop."""
         spacing = [properties["spacing"][axis] for axis in self.manager.transpose_forward]
         shape = properties["shape_after_cropping_and_before_resampling"]
         resampled = self.settings.resampling_fn_probabilities(values[None], shape, self.settings.spacing, spacing)
         whole = np.zeros(properties["shape_before_cropping"], np.float32)
-        whole[_crop(properties)] = np.asarray(resampled, np.float32)[0]
+        whole[_crop(properties)] = np.asarray(resampled, np.float32)[0].clip(0, 1)  # splines overshoot
         return whole.transpose(self.manager.transpose_backward)
 
     def exported(

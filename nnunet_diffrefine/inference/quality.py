@@ -1,14 +1,15 @@
 """``qc.csv``: what is known about each result without a reference, the cases in the order in which to look at them.
 
 Each case has a file of its own in ``qc/``, written with its other results; the table is made of all of them whenever a
-process has finished, so parts and continued runs need not know of each other.
+process has finished, so parts and continued runs need not know of each other. A file counts if its mask is there.
 """
 
 from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -124,11 +125,15 @@ class CaseQuality:
         """The case's file."""
         return json.dumps(asdict(self), indent=1)
 
-    @property
-    def urgency(self) -> tuple[float, str]:
-        """Cases are looked at in this order: least predicted Dice of a class first; nothing found at all before."""
+    def urgency(self, usual: Set[str]) -> tuple[int, float, str]:
+        """Cases are looked at in this order: nothing found; a usual class not found; least predicted Dice of a class.
+
+        Args:
+            usual: classes that most cases have.
+        """
         known = [value for value in self.predicted_dice.values() if value is not None]
-        return (min(known, default=-1.0), self.case)
+        lacks = any(value is None and name in usual for name, value in self.predicted_dice.items())
+        return (0 if not known else 1 if lacks else 2, min(known, default=0.0), self.case)
 
     def row(self, rank: int) -> dict[str, Any]:
         """The case's row; empty where something is not known."""
@@ -146,8 +151,18 @@ def case_file(case: str) -> str:
     return f"{FOLDER}/{case}.json"
 
 
-def write_table(output: OutputFolder) -> None:
-    """Write ``qc.csv`` of all cases that are there; parts that end at the same time wait for each other.
+def usual_classes(cases: Sequence[CaseQuality]) -> set[str]:
+    """Classes that were found in more than half of the cases."""
+    found = Counter(name for case in cases for name, value in case.predicted_dice.items() if value is not None)
+    return {name for name, n in found.items() if n > len(cases) / 2}
+
+
+def write_table(output: OutputFolder, ending: str) -> None:
+    """Write ``qc.csv`` of all cases whose mask is there; parts that end at the same time wait for each other.
+
+    Args:
+        output: with the cases' files.
+        ending: of masks.
 
     Raises:
         RuntimeError: a case's file is damaged.
@@ -156,8 +171,12 @@ def write_table(output: OutputFolder) -> None:
     if not folder.is_dir():
         return
     with FileLock(folder / ".lock"):
-        cases = sorted((_read(file) for file in folder.glob("*.json")), key=lambda case: case.urgency)
-        rows = [case.row(rank) for rank, case in enumerate(cases, 1)]
+        names = (file.name.removesuffix(".json") for file in folder.glob("*.json"))
+        done = [name for name in names if (output.folder / f"{name}{ending}").is_file()]
+        cases = [_read(output.folder / case_file(name)) for name in done]
+        usual = usual_classes(cases)
+        ordered = sorted(cases, key=lambda case: case.urgency(usual))
+        rows = [case.row(rank) for rank, case in enumerate(ordered, 1)]
         output.write(TABLE, lambda file: _write_rows(rows, file))
 
 
@@ -170,6 +189,7 @@ def _read(file: Path) -> CaseQuality:
 
 def _write_rows(rows: list[dict[str, Any]], file: Path) -> None:
     with file.open("w", encoding="utf-8", newline="") as stream:
-        writer = csv.DictWriter(stream, rows[0].keys() if rows else ["case"])
+        columns = dict.fromkeys(column for row in rows for column in row) or {"case": None}
+        writer = csv.DictWriter(stream, columns, restval="")
         writer.writeheader()
         writer.writerows(rows)

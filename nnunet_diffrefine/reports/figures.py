@@ -11,7 +11,7 @@ from matplotlib.collections import PathCollection
 
 from nnunet_diffrefine.evaluation.definitions import find_metric
 from nnunet_diffrefine.reports.metrics_table import MetricsTable
-from nnunet_diffrefine.reports.reliability import Histogram, Reliability
+from nnunet_diffrefine.reports.reliability import MAP, OWN, Histogram, Reliability
 from nnunet_diffrefine.reports.sizes import VOLUME, SizeGroup
 from nnunet_diffrefine.reports.statistics import EQUAL
 from nnunet_diffrefine.reports.svg import BETTER, INK, QUIET, WORSE, Drawing
@@ -19,6 +19,7 @@ from nnunet_diffrefine.reports.tables import number, signed
 
 CHART = (3.3, 3.0)
 KINDS = ((1, BETTER, "^"), (0, QUIET, "o"), (-1, WORSE, "v"))
+CURVES = ((MAP, BETTER, "o"), (OWN, QUIET, "s"))
 SKEWED = 10.0
 """A distance axis becomes logarithmic where the largest value is this many medians."""
 RESAMPLES = 1000
@@ -140,16 +141,21 @@ def _mean_line(axis: Axes, group: SizeGroup, metric: str) -> None:
         axis.fill_between(group.volumes, *result.interval, color=INK, alpha=0.15, linewidth=0, zorder=1)
 
 
-def reliability_chart(found: Reliability, seed: int) -> Drawing:
+def reliability_chart(found: Mapping[str, Reliability], seed: int) -> Drawing:
     """Share of wrong voxels against predicted probability, within the band, with intervals over cases."""
-    n, probability, share = found.band.coarse()
-    low, high = _intervals(found.by_case, seed)
+    curves = [curve for curve in CURVES if curve[0] in found]
 
     def draw(axis: Axes) -> None:
         axis.plot([0, 1], [0, 1], color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
-        full = n > 0
-        axis.vlines(probability[full], low[full], high[full], color=BETTER, linewidth=1.4)
-        axis.plot(probability[full], share[full], color=BETTER, marker="o", markersize=4, linewidth=1.2)
+        for name, colour, marker in curves:
+            n, probability, share = found[name].band.coarse()
+            low, high = _intervals(found[name].by_case, seed)
+            full = n > 0
+            axis.vlines(probability[full], low[full], high[full], color=colour, linewidth=1.4)
+            line = {"color": colour, "marker": marker, "markersize": 4, "linewidth": 1.2, "label": name}
+            axis.plot(probability[full], share[full], **line)
+        if len(curves) > 1:
+            axis.legend(frameon=False, fontsize=7, loc="upper left")
         axis.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
         axis.set(xlabel="predicted probability of an error", ylabel="share of voxels that are wrong")
         axis.set_box_aspect(1)

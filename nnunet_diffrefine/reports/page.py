@@ -16,7 +16,7 @@ from nnunet_diffrefine.evaluation.definitions import find_metric
 from nnunet_diffrefine.reports.compare import Row
 from nnunet_diffrefine.reports.metrics_table import MetricsTable
 from nnunet_diffrefine.reports.pictures import CHANGES, class_style
-from nnunet_diffrefine.reports.reliability import BAND, BINS, Reliability
+from nnunet_diffrefine.reports.reliability import BAND, BINS, MAP, OWN, SPREAD, Reliability
 from nnunet_diffrefine.reports.sizes import VOLUME, SizeGroup
 from nnunet_diffrefine.reports.slices import Slice
 from nnunet_diffrefine.reports.statistics import EQUAL, PairedComparison
@@ -24,6 +24,8 @@ from nnunet_diffrefine.reports.tables import difference, metric_name, number, ro
 
 TILES = 12
 """So many numbers or fewer are also shown large, above the summary."""
+SWATCH = 3
+"""Width of a legend's line in the template."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,7 @@ def case_table(
         unit = "" if kind.unit == "1" else f" [{kind.unit}]"
         headings += [f"{metric}{unit}, {baseline.name}", f"{metric}{unit}, {system.name}", f"{metric} change"]
     if cases and len(cases[0].cells) > len(headings):
-        headings.append("predicted Dice")
+        headings.append("least predicted Dice")
     return {"case_headings": headings, "case_rows": cases}
 
 
@@ -159,16 +161,25 @@ def size_rows(groups: Sequence[SizeGroup], metrics: Sequence[str]) -> dict[str, 
     return {"metrics": list(metrics), "rows": rows}
 
 
-def reliability(found: Reliability) -> dict[str, Any]:
-    """The numbers about the error map."""
+def reliability(found: Mapping[str, Reliability]) -> dict[str, Any]:
+    """The numbers about the error map and what it has to beat."""
     rows = []
-    for name, part in ((f"within {BAND:g} mm of stage one's surface", found.band), ("all voxels", found.everywhere)):
-        n = int(part.n.sum())
-        if n:
-            wrong, probability = int(part.wrong.sum()) / n, float(part.probability.sum()) / n
-            numbers = [number(v) for v in (wrong, probability, part.ece, part.brier, part.auroc)]
-            rows.append((name, f"{n:,}".replace(",", "\u202f"), *numbers))
-    return {"rows": rows, "share": number(found.share_in_band), "band": BAND, "bins": BINS, "n": len(found.by_case)}
+    for name, known in found.items():
+        for where, part in ((f"within {BAND:g} mm of stage one's surface", known.band), ("all", known.everywhere)):
+            if n := int(part.n.sum()):
+                wrong, probability = int(part.wrong.sum()) / n, float(part.probability.sum()) / n
+                as_probability = [probability, part.ece, part.brier] if name != SPREAD else [None] * 3
+                numbers = [number(v) for v in (wrong, *as_probability, part.auroc)]
+                rows.append((where, name, f"{n:,}".replace(",", "\u202f"), *numbers))
+    return {
+        "rows": sorted(rows, key=lambda row: row[0] == "all"),
+        "own": OWN in found,
+        "spread": SPREAD in found,
+        "share": number(found[MAP].share_in_band),
+        "band": BAND,
+        "bins": BINS,
+        "n": len(found[MAP].by_case),
+    }
 
 
 def picture(
@@ -196,9 +207,12 @@ def picture(
     )
 
 
-def class_legend(labels: Sequence[str]) -> list[tuple[str, str]]:
-    """Name and colour of each class in pictures."""
-    return [(name, colour) for name, (colour, _) in class_style(list(labels)).items()]
+def class_legend(labels: Sequence[str]) -> list[tuple[str, str, str]]:
+    """Name, colour and dashes of each class in pictures; dashes as SVG wants them for a line ``SWATCH`` wide."""
+    return [
+        (name, colour, "" if isinstance(line, str) else " ".join(f"{SWATCH * part:g}" for part in line[1]))
+        for name, (colour, line) in class_style(list(labels)).items()
+    ]
 
 
 def render(content: Mapping[str, Any]) -> str:

@@ -20,8 +20,8 @@ HALO = [withStroke(linewidth=1.8, foreground="black")]
 LETTERS: dict[str, Any] = {"color": "white", "fontsize": 8, "path_effects": HALO}
 CLASS_COLOURS = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#cc79a7", "#d55e00")  # Okabe and Ito, bright on black
 LineStyle: TypeAlias = str | tuple[float, tuple[float, ...]]
-CLASS_LINES: tuple[LineStyle, ...] = ("solid", (0, (5, 1.5)), (0, (1.5, 1)))
-"""Style of a class's contour; a new one once the colours are used up."""
+CLASS_LINES: tuple[LineStyle, ...] = ("solid", (0, (5, 1.5)), (0, (1.5, 1)), (0, (5, 1.5, 1, 1.5)))
+"""Style of a class's contour; a new one once the colours are used up. Dashes are in widths of the line."""
 Style: TypeAlias = Mapping[str, tuple[str, LineStyle]]
 REFERENCE_LINE: LineStyle = (0, (2.5, 2))
 CHANGES = {"corrected": "#56b4e9", "newly wrong": "#d55e00", "still wrong": "#f0e442"}
@@ -34,11 +34,9 @@ LARGEST_SPREAD = 0.5
 
 
 def class_style(names: list[str]) -> dict[str, tuple[str, LineStyle]]:
-    """Colour and line style of each class."""
+    """Colour and line style of each class; from the 25th on they repeat."""
     n = len(CLASS_COLOURS)
-    return {
-        name: (CLASS_COLOURS[i % n], CLASS_LINES[min(i // n, len(CLASS_LINES) - 1)]) for i, name in enumerate(names)
-    }
+    return {name: (CLASS_COLOURS[i % n], CLASS_LINES[i // n % len(CLASS_LINES)]) for i, name in enumerate(names)}
 
 
 def panels(shown: Slice, baseline: str, system: str) -> list[Drawing]:

@@ -1,5 +1,8 @@
 """Is the error map right? Reliability, calibration error and AUROC of predicted error probabilities.
 
+Beside the map stands what it has to beat: stage one's own confidence, and the spread of samples and folds. A spread is
+no probability; it can only be judged by its order, that is by AUROC.
+
 ECE is that of Naeini et al. (AAAI 2015) and Guo et al. (arXiv 1706.04599) for binary events, over voxels: with bins b
 of equal width, sum_b (n_b / N) |mean probability in b - share of wrong voxels in b|.
 
@@ -16,6 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import ndimage
 
+from nnunet_diffrefine.reports.confidence import own_doubt
 from nnunet_diffrefine.reports.volumes import CaseFiles, Volumes, ignored, read_map, read_masks, wrong_voxels
 
 BINS = 10
@@ -23,6 +27,8 @@ FINE = 1000
 """Bins of the histogram that AUROC is computed from; a multiple of ``BINS``."""
 BAND = 5.0
 """Half the width of the band in mm."""
+MAP, OWN, SPREAD = "error map", "stage one's own confidence", "uncertainty (spread)"
+"""What is judged; each says where stage one is wrong."""
 
 
 @dataclass(frozen=True)
@@ -115,15 +121,21 @@ def histogram(probability: np.ndarray, wrong: np.ndarray) -> Histogram:
     )
 
 
-def measure(volumes: Volumes) -> Reliability:
-    """Compare the error maps of all cases with the errors of stage one.
+def measure(volumes: Volumes) -> dict[str, Reliability]:
+    """Compare with the errors of stage one, over all cases: error maps and what there is of ``OWN`` and ``SPREAD``.
 
     Raises:
-        ValueError: a map holds values outside [0, 1], or a file cannot be read.
+        ValueError: a map holds values outside its range, or a file cannot be read.
     """
-    pairs = [_measure_case(case, volumes) for case in volumes.cases.values()]
-    everywhere, bands = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-    return Reliability(_sum(everywhere), _sum(bands), tuple(bands))
+    found: dict[str, list[tuple[Histogram, Histogram]]] = {}
+    for case in volumes.cases.values():
+        for name, pair in _measure_case(case, volumes).items():
+            found.setdefault(name, []).append(pair)
+    result = {}
+    for name, pairs in found.items():
+        everywhere, bands = zip(*pairs, strict=True)
+        result[name] = Reliability(_sum(everywhere), _sum(bands), bands)
+    return result
 
 
 def _sum(parts: Sequence[Histogram]) -> Histogram:
@@ -133,16 +145,24 @@ def _sum(parts: Sequence[Histogram]) -> Histogram:
     return total
 
 
-def _measure_case(files: CaseFiles, volumes: Volumes) -> tuple[Histogram, Histogram]:
+def _measure_case(files: CaseFiles, volumes: Volumes) -> dict[str, tuple[Histogram, Histogram]]:
+    """Histograms of all voxels and of those in the band."""
     assert files.error_map is not None, "measured only where error maps are given"
-    probability = read_map(files.error_map, largest=1)
     reference = read_masks(files.reference, volumes.classes)
     prediction = read_masks(files.stage_one, volumes.classes)
     ignore = ignored(files.reference, volumes.classes)
     wrong = wrong_voxels(reference, prediction, ignore)
     scored = np.ones_like(wrong) if ignore is None else ~ignore
     near = scored & surface_band(list(prediction.values()), files.header.spacing[::-1])
-    return histogram(probability[scored], wrong[scored]), histogram(probability[near], wrong[near])
+    given = {MAP: read_map(files.error_map, largest=1)}
+    if files.probabilities is not None:
+        given[OWN] = own_doubt(files.probabilities, prediction, volumes.classes)
+    if files.uncertainty is not None:
+        given[SPREAD] = 1 - 1 / (1 + read_map(files.uncertainty))  # into [0, 1], the order is kept
+    return {
+        name: (histogram(values[scored], wrong[scored]), histogram(values[near], wrong[near]))
+        for name, values in given.items()
+    }
 
 
 def surface_band(masks: Sequence[np.ndarray], spacing: Sequence[float]) -> np.ndarray:

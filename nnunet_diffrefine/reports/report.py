@@ -13,8 +13,8 @@ from nnunet_diffrefine.reports import figures, page
 from nnunet_diffrefine.reports.compare import chosen_metrics, compare_tables
 from nnunet_diffrefine.reports.metrics_table import MetricsTable, read_metrics, refuse_unpaired
 from nnunet_diffrefine.reports.pictures import panels
-from nnunet_diffrefine.reports.reliability import measure
-from nnunet_diffrefine.reports.selection import choose, dice_change, mean_dice, read_predicted_dice
+from nnunet_diffrefine.reports.reliability import MAP, measure
+from nnunet_diffrefine.reports.selection import choose, dice_change, mean_dice, read_review
 from nnunet_diffrefine.reports.sizes import size_groups
 from nnunet_diffrefine.reports.slices import read_slice
 from nnunet_diffrefine.reports.svg import Drawing, inline, save_row
@@ -33,7 +33,7 @@ class Request:
         files: ``metrics.csv`` of two systems by name, the baseline first.
         output: folder of ``report.html`` and ``figures/``, created if need be.
         folders: by command-line option, ``-i -gt -s -r --error_maps --uncertainty`` and the file ``-djfile``.
-        qc: table with predicted Dice, or None.
+        qc: table with predicted Dice and need of review, or None.
         n_cases: cases in pictures, of each kind.
         metrics: of the summary; all that have a better direction if None.
         seed: of the bootstrap.
@@ -59,14 +59,14 @@ def write_report(request: Request) -> Path:
     chosen = chosen_metrics(baseline, request.metrics)
     folders = _folders(request.folders)
     volumes = None if folders is None else find_volumes(folders, baseline.cases)
-    predicted = None if request.qc is None else read_predicted_dice(request.qc, baseline.cases)
+    review = None if request.qc is None else read_review(request.qc, baseline.cases)
     reasons = {}
     if folders is not None and folders.pictures:
-        reasons = choose(dice_change(baseline, system), mean_dice(system), predicted, request.n_cases)
+        reasons = choose(dice_change(baseline, system), mean_dice(system), review, request.n_cases)
     folder = writable_folder(request.output)
     drawn = writable_folder(folder / "figures")
     summary = compare_tables(baseline, system, chosen, None, request.seed, 0)
-    cases = page.case_rows(baseline, system, CHARTED, list(reasons), predicted)
+    cases = page.case_rows(baseline, system, CHARTED, list(reasons), None if review is None else review.dice)
     content = {
         **page.head(baseline, system, summary, {name: str(file) for name, file in request.files.items()}),
         **page.case_table(baseline, system, CHARTED, cases),
@@ -102,7 +102,7 @@ def _folders(given: Mapping[str, Path]) -> Folders | None:
         return None
     wanted: tuple[str, ...] = PICTURES
     purpose = "pictures"
-    if "--error_maps" in given and not given.keys() & {"-i", "-r", "--uncertainty"}:
+    if "--error_maps" in given and not given.keys() & {"-i", "-r"}:
         wanted, purpose = RELIABILITY, "the reliability of error maps"
     if missing := [option for option in wanted if option not in given]:
         raise ValueError(
@@ -140,9 +140,9 @@ def _reliability(volumes: Volumes | None, seed: int, folder: Path) -> dict[str, 
     if volumes is None:
         return {"reliability": None}
     found = measure(volumes)
-    if not found.band.n.sum():
+    if not found[MAP].band.n.sum():
         return {"reliability": page.reliability(found), "reliability_charts": []}
-    drawings = [figures.reliability_chart(found, seed), figures.count_chart(found)]
+    drawings = [figures.reliability_chart(found, seed), figures.count_chart(found[MAP])]
     return {"reliability": page.reliability(found), "reliability_charts": _publish(drawings, folder, "reliability")}
 
 

@@ -13,15 +13,16 @@ no other file; the figures are also written as SVG and PNG.
 The first system is the baseline. Tables alone are enough; folders add pictures and the reliability of error maps.
 """
 EPILOG = """\
-example:
+example, after apply -s stage_one -o refined --save_error_map --save_uncertainty, and evaluate of both folders:
   nnUNetv2_diffrefine report nnU-Net=evaluation/stage_one/metrics.csv refined=evaluation/refined/metrics.csv \\
-      -i imagesTs -gt labelsTs -s stage_one -r refined --error_maps refined/error_maps -djfile dataset.json -o report
+      -i imagesTs -gt labelsTs -s stage_one -r refined --error_maps refined/error_map \\
+      --uncertainty refined/uncertainty --qc refined/qc.csv -djfile dataset.json -o report
 What the sections mean: docs/report.md. Reports of patients' images are patients' data: share them as such.
 """
 FOLDERS = (
     ("-i", "images", "IMAGES", "nnU-Net's images, for pictures"),
     ("-gt", "references", "GT_FOLDER", "references, for pictures and error maps"),
-    ("-s", "stage_one", "STAGE_ONE", "the baseline's label maps, for pictures and error maps"),
+    ("-s", "stage_one", "STAGE_ONE", "the baseline's label maps, for pictures and error maps; with or without .npz"),
     ("-r", "refined", "REFINED", "the other system's label maps, for pictures"),
     ("--error_maps", "error_maps", "FOLDER", "a 3D image a case: probability that STAGE_ONE is wrong there"),
     ("--uncertainty", "uncertainty", "FOLDER", "a 3D image a case: spread of the refined probabilities"),
@@ -41,7 +42,7 @@ def register(subparsers: argparse._SubParsersAction) -> None:
         parser.add_argument(option, dest=name, type=Path, metavar=metavar, help=meaning)
     parser.add_argument("-o", type=Path, required=True, metavar="OUT_FOLDER", help="where report.html and figures/ go")
     parser.add_argument(
-        "--qc", type=Path, metavar="QC_CSV", help="qc.csv of apply: show the worst predicted Dice, not the worst Dice"
+        "--qc", type=Path, metavar="QC_CSV", help="qc.csv of apply: show the first to review, not the worst Dice"
     )
     parser.add_argument(
         "--cases",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,20 @@ from nnunet_diffrefine.reports.metrics_table import MetricsTable
 from nnunet_diffrefine.reports.statistics import EQUAL
 
 PREDICTED = "predicted_dice"
+RANK = "need_of_review"
+
+
+@dataclass(frozen=True)
+class Review:
+    """What a ``qc.csv`` says of the cases.
+
+    Args:
+        order: cases, the first to look at first.
+        dice: predicted of each case, least of its classes; NaN where nothing was found.
+    """
+
+    order: tuple[str, ...]
+    dice: dict[str, float]
 
 
 def mean_dice(table: MetricsTable) -> dict[str, float]:
@@ -33,14 +48,14 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def choose(
-    change: Mapping[str, float], dice: Mapping[str, float], predicted: Mapping[str, float] | None, n: int
+    change: Mapping[str, float], dice: Mapping[str, float], review: Review | None, n: int
 ) -> dict[str, list[str]]:
-    """The cases to show and why: n each of most improved, most harmed, median change and worst Dice.
+    """The cases to show and why: n each of most improved, most harmed, median change and worst.
 
     Args:
         change: of Dice, by case; NaN is left out.
         dice: of the system, by case; NaN is left out.
-        predicted: Dice of the system predicted without a reference; replaces ``dice`` if given.
+        review: whose order is taken in place of that of ``dice``; None if there is none.
         n: cases of each kind. "Improved" and "harmed" take only cases that are, so there may be fewer.
 
     Returns:
@@ -48,15 +63,13 @@ def choose(
     """
     known = sorted((value, case) for case, value in change.items() if not math.isnan(value))
     middle = float(np.median([value for value, _ in known])) if known else 0.0
-    worst = dice if predicted is None else predicted
-    ranked = {
+    worst = sorted((value, case) for case, value in dice.items() if not math.isnan(value))
+    ranked: dict[str, Sequence[tuple[float, str]]] = {
         "most improved": sorted((-value, case) for value, case in known if value > EQUAL),
         "most harmed": [(value, case) for value, case in known if value < -EQUAL],
         "median": sorted((abs(value - middle), case) for value, case in known),
-        "worst Dice" if predicted is None else "worst predicted Dice": sorted(
-            (value, case) for case, value in worst.items() if not math.isnan(value)
-        ),
     }
+    ranked |= {"worst Dice": worst} if review is None else {"first to review": [*enumerate(review.order)]}
     reasons: dict[str, list[str]] = {}
     for reason, order in ranked.items():
         for _, case in order[:n]:
@@ -64,27 +77,47 @@ def choose(
     return reasons
 
 
-def read_predicted_dice(file: Path, cases: set[str]) -> dict[str, float]:
-    """Predicted Dice of each case from a ``qc.csv``: the mean over all its columns named ``predicted_Dice...``.
+def read_review(file: Path, cases: set[str]) -> Review:
+    """The order of review and the predicted Dice of a ``qc.csv``, its columns ``predicted_Dice...``.
 
-    A table with one row a case and a column a class, and one with a row for every class, are read alike.
+    The order is that of the column ``need_of_review``. In a table without it, cases in which nothing was found come
+    first, then the least predicted Dice of any class. A table may have one row a case, or one for each class.
 
     Raises:
         ValueError: no such columns, a case missing, a value that is no number.
         OSError: the file cannot be read.
     """
-    found: dict[str, list[float]] = {}
-    with open(file, encoding="utf-8", newline="") as stream:
-        reader = csv.DictReader(stream)
-        columns = [name for name in reader.fieldnames or () if name.lower().startswith(PREDICTED)]
-        if not columns or "case" not in (reader.fieldnames or ()):
-            raise ValueError(f"--qc {file} lacks the columns case and predicted_Dice; wanted qc.csv of apply.")
-        for row in reader:
-            try:
-                values = [float(row[name]) for name in columns if row[name]]
-            except ValueError as error:
-                raise ValueError(f"--qc {file}, line {reader.line_num}: {error}; wanted a number.") from None
-            found.setdefault(row["case"], []).extend(values)
+    found, ranks = _read_qc(file)
     if missing := sorted(cases - found.keys()):
         raise ValueError(f"--qc {file} lacks {len(missing)} of {len(cases)} cases: {', '.join(missing[:5])}.")
-    return {case: _mean(found[case]) for case in sorted(cases)}
+    dice = {case: min(found[case], default=math.nan) for case in sorted(cases)}
+    urgency = ranks or {case: -math.inf if math.isnan(value) else value for case, value in dice.items()}
+    return Review(tuple(sorted(dice, key=lambda case: (urgency[case], case))), dice)
+
+
+def _read_qc(file: Path) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """The predicted Dice there are of each case, and its rank; no ranks if the table has none."""
+    found: dict[str, list[float]] = {}
+    ranks: dict[str, float] = {}
+    with open(file, encoding="utf-8", newline="") as stream:
+        reader = csv.DictReader(stream)
+        names = reader.fieldnames or ()
+        columns = [name for name in names if name.lower().startswith(PREDICTED)]
+        if not columns or "case" not in names:
+            raise ValueError(f"--qc {file} lacks the columns case and predicted_Dice; wanted qc.csv of apply.")
+        for row in reader:
+            case, where = row["case"], f"--qc {file}, line {reader.line_num}"
+            found.setdefault(case, []).extend(_number(row[name], where) for name in columns if row[name])
+            if RANK in names:
+                ranks[case] = min(_number(row[RANK], f"{where}, {RANK}"), ranks.get(case, math.inf))
+    return found, ranks
+
+
+def _number(text: str | None, where: str) -> float:
+    try:
+        value = float(text or "")
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}; wanted a number.") from None
+    if math.isnan(value):
+        raise ValueError(f"{where}: {text}; wanted a number.")
+    return value

@@ -80,8 +80,11 @@ def save_row(drawings: Sequence[Drawing], file: Path, columns: int = 4) -> None:
         _plain_text(figure)
         for ending, metadata in ((".svg", NO_METADATA), (".png", {"Software": None})):
             temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-            figure.savefig(temporary, format=ending[1:], dpi=DPI, facecolor="white", metadata=metadata)
-            os.replace(temporary, file.with_name(file.name + ending))
+            try:
+                figure.savefig(temporary, format=ending[1:], dpi=DPI, facecolor="white", metadata=metadata)
+                os.replace(temporary, file.with_name(file.name + ending))
+            finally:
+                temporary.unlink(missing_ok=True)
 
 
 def inline(drawing: Drawing, name: str) -> str:

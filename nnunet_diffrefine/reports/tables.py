@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -19,7 +19,11 @@ LATEX_SPECIAL = {
     "^": r"\textasciicircum{}",
     "<": r"\textless{}",
     ">": r"\textgreater{}",
+    "|": r"\textbar{}",
 }
+LATEX_DIFFERENCE = r"Difference [95\,\%]"
+MARKUP = re.compile(r"[\\`*~$|]|<(?=[A-Za-z/!?])|(?<=\])\(|&(?=#?\w+;)|(?<![^\W_])_|_(?![^\W_])")
+"""What Markdown would take for code, emphasis, mathematics, a cell's end, a tag, a link, an entity; a_b is none."""
 
 
 def markdown(rows: Sequence[Row], baseline: str, n_cases: int) -> str:
@@ -36,21 +40,34 @@ def markdown(rows: Sequence[Row], baseline: str, n_cases: int) -> str:
 
 
 def latex(rows: Sequence[Row], baseline: str) -> str:
-    """The pooled tables, for the package booktabs; one ``tabular`` a system."""
-    parts = []
+    """For the package booktabs: the pooled ``tabular`` of each system and, if there are any, that of its folds."""
+    parts = ["% needs \\usepackage{booktabs}"]
+    p_headers = ["better/equal/worse", "$p$ Wilcoxon (Holm)", "$p$ $t$ (Holm)"]
     for system in dict.fromkeys(row.system for row in rows):
-        headers = ["Label", "Metric", "$n$", escape_latex(baseline), escape_latex(system)]
-        headers += [r"Difference [95\,\%]", "better/equal/worse", "$p$ Wilcoxon (Holm)", "$p$ $t$ (Holm)"]
-        lines = [f"% {_one_line(system)} against {_one_line(baseline)}; needs \\usepackage{{booktabs}}"]
-        lines += [r"\begin{tabular}{llrrrlrll}", r"\toprule", " & ".join(headers) + r" \\", r"\midrule"]
-        for row in rows:
-            if row.system == system and row.fold is None:
-                label, metric, *numbers = row_cells(row)
-                metric = f"{escape_latex(metric_name(row))} {LATEX_SIGN[row.better]}"
-                numbers = [escape_latex(number).replace("−", "$-$") for number in numbers]
-                lines.append(" & ".join([escape_latex(label), metric, *numbers]) + r" \\")
-        parts.append("\n".join([*lines, r"\bottomrule", r"\end{tabular}"]))
+        title = f"% {_one_line(system)} against {_one_line(baseline)}"
+        own = [row for row in rows if row.system == system]
+        pooled = [_latex_cells(row) for row in own if row.fold is None]
+        headers = ["Label", "Metric", "$n$", escape_latex(baseline), escape_latex(system), LATEX_DIFFERENCE, *p_headers]
+        parts.append(_tabular(title, "llrrrlrll", headers, pooled))
+        if per_fold := _by_fold(row for row in own if row.fold is not None):
+            cells = [_with_fold(row, _latex_cells(row)) for row in per_fold]
+            headers = ["Label", "Metric", "Fold", "$n$", LATEX_DIFFERENCE, *p_headers]
+            parts.append(_tabular(f"{title}, per fold", "llrrlrll", headers, cells))
     return "\n\n".join(parts) + "\n"
+
+
+def _latex_cells(row: Row) -> list[str]:
+    """:func:`row_cells` for LaTeX."""
+    label, _, *numbers = row_cells(row)
+    metric = f"{escape_latex(metric_name(row))} {LATEX_SIGN[row.better]}"
+    return [escape_latex(label), metric, *(escape_latex(number).replace("−", "$-$") for number in numbers)]
+
+
+def _tabular(title: str, columns: str, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Rows begin with ``{}``: a name that begins with ``[`` or ``*`` would be an argument of what stands before it."""
+    lines = ["{}" + " & ".join(cells) + r" \\" for cells in rows]
+    head = [title, rf"\begin{{tabular}}{{{columns}}}", r"\toprule", " & ".join(headers) + r" \\", r"\midrule"]
+    return "\n".join([*head, *lines, r"\bottomrule", r"\end{tabular}"])
 
 
 def escape_latex(text: str) -> str:
@@ -67,18 +84,21 @@ def _pooled(rows: Sequence[Row], baseline: str) -> str:
 def _per_fold(rows: Sequence[Row]) -> str:
     headers = ["label", "metric", "fold", "n", "difference [95 %]", "better / equal / worse"]
     headers += ["p Wilcoxon (Holm)", "p t (Holm)"]
-    ordered = sorted(rows, key=lambda row: (*_position(rows, row), row.fold))
-    cells = []
-    for row in ordered:
-        label, metric, n, _, _, *rest = row_cells(row)
-        cells.append([label, metric, str(row.fold), n, *rest])
-    return _table(headers, cells, "llrrrrrr")
+    return _table(headers, [_with_fold(row, row_cells(row)) for row in _by_fold(rows)], "llrrrrrr")
 
 
-def _position(rows: Sequence[Row], row: Row) -> tuple[int]:
-    """Place of a row's label and metric in the order they came."""
-    keys = list(dict.fromkeys((r.label, r.metric) for r in rows))
-    return (keys.index((row.label, row.metric)),)
+def _with_fold(row: Row, cells: Sequence[str]) -> list[str]:
+    """The cells of a row of one fold: its number in place of both means."""
+    label, metric, n, _, _, *rest = cells
+    return [label, metric, str(row.fold), n, *rest]
+
+
+def _by_fold(rows: Iterable[Row]) -> list[Row]:
+    """The folds of a label and metric one below the other, labels and metrics in the order they came."""
+    by_key: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        by_key.setdefault((row.label, row.metric), []).append(row)
+    return [row for found in by_key.values() for row in sorted(found, key=lambda row: row.fold or 0)]
 
 
 def _losses(rows: Sequence[Row], baseline: str) -> str:
@@ -158,8 +178,8 @@ def _table(headers: Sequence[str], rows: Sequence[Sequence[str]], alignment: str
 
 
 def _cell(text: str) -> str:
-    """Text that cannot break out of its Markdown cell."""
-    return _one_line(text).replace("|", r"\|")
+    """Text that Markdown shows as it is and that cannot break out of its cell."""
+    return MARKUP.sub(r"\\\g<0>", _one_line(text))
 
 
 def _one_line(text: str) -> str:

@@ -12,6 +12,7 @@ import SimpleITK as sitk
 
 from nnunet_diffrefine.evaluation.classes import Classes, read_classes
 from nnunet_diffrefine.image_files import Header, read_array, read_header, read_labels
+from nnunet_diffrefine.reports.confidence import find_probabilities
 
 SHOWN = 5
 
@@ -22,7 +23,7 @@ class Folders:
 
     Args:
         references: label maps (``-gt``).
-        stage_one: label maps of the baseline (``-s``).
+        stage_one: label maps of the baseline, with or without ``CASE.npz`` (``-s``).
         dataset_json: nnU-Net's, for channels, classes, ignore label and file ending.
         images: nnU-Net's images, ``CASE_0000`` and so on (``-i``).
         refined: label maps of the other system (``-r``).
@@ -46,7 +47,7 @@ class Folders:
 
 @dataclass(frozen=True)
 class CaseFiles:
-    """A case's files and their common header, that of the reference."""
+    """A case's files and their common header, that of the reference; probabilities are stage one's."""
 
     header: Header
     images: tuple[Path, ...]
@@ -55,6 +56,7 @@ class CaseFiles:
     refined: Path | None
     error_map: Path | None
     uncertainty: Path | None
+    probabilities: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -84,13 +86,15 @@ def find_volumes(folders: Folders, cases: Iterable[str]) -> Volumes:
         "--error_maps": _pick(folders.error_maps, "--error_maps", cases, ending),
         "--uncertainty": _pick(folders.uncertainty, "--uncertainty", cases, ending),
     }
+    soft = find_probabilities(folders.stage_one, cases, folders.dataset_json) if folders.error_maps else {}
     images = [_pick(folders.images, "-i", cases, f"_{c:04d}{ending}") for c in range(len(channels))]
     files = {}
     for case in cases:
         shown = tuple(channel[case] for channel in images if channel)
         reference, stage_one = found["-gt"][case], found["-s"][case]
         maps = (found[option].get(case) for option in ("-r", "--error_maps", "--uncertainty"))
-        files[case] = CaseFiles(read_header(reference), shown, reference, stage_one, *maps)
+        header = read_header(reference, stage_one)
+        files[case] = CaseFiles(header, shown, reference, stage_one, *maps, soft.get(case))
     _refuse_other_grids(files)
     return Volumes(channels, classes, files)
 
@@ -120,8 +124,9 @@ def _pick(folder: Path | None, option: str, cases: Sequence[str], ending: str) -
 def _refuse_other_grids(cases: dict[str, CaseFiles]) -> None:
     faults = []
     for case in cases.values():
+        twins = (case.reference, case.stage_one)  # maps of TIFF datasets have no CASE.json of their own
         for file in (*case.images, case.stage_one, case.refined, case.error_map, case.uncertainty):
-            if file is not None and (differences := case.header.differences(read_header(file))):
+            if file is not None and (differences := case.header.differences(read_header(file, *twins))):
                 faults.append(f"{file}: {'; '.join(differences)}")
     if faults:
         raise ValueError(

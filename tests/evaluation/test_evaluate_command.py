@@ -114,6 +114,49 @@ def refused(folders, capsys, *more):
     return capsys.readouterr().err
 
 
+def test_the_arguments_of_nnunetv2_evaluate_folder_are_taken(folders, capsys):
+    assert evaluate(folders, "-np", "1", "-pfile", "plans.json", "--chill") == 0
+    assert len(table(folders / "out")) == len(CASES) * 2 * len(metrics((1, 2)))
+    # but -o is a folder here and a file there
+    assert evaluate(folders, "-np", "1", output="summary.json") == 1
+    assert "summary.json; wanted a folder, for metrics.csv and metrics.json" in capsys.readouterr().err
+    assert not (folders / "summary.json").exists()
+
+
+def tiff_folders(folders, reference=True, prediction=True):
+    """A TIFF data set of one case, the prediction one slice, 3 mm, above the reference; which of them have spacings."""
+    labels = np.zeros((10, 12, 14), np.uint8)
+    labels[2:6, 3:9, 3:9], labels[6:8, 3:9, 3:9] = 1, 2
+    for name, moved, has_spacing in (("labelsTr", 0, reference), ("validation", 1, prediction)):
+        write(folders / name / "case.tif", np.roll(labels, moved, 0))
+        if has_spacing:
+            (folders / name / "case.json").write_text(json.dumps({"spacing": SPACING[::-1]}))
+    write_dataset_json(folders, LABELS, ".tif")
+
+
+@pytest.mark.parametrize("with_spacing", [(True, True), (False, True), (True, False)])
+def test_tiff_files_are_measured_in_mm(folders, with_spacing):
+    """References in nnUNet_preprocessed have no CASE.json, predictions have."""
+    tiff_folders(folders, *with_spacing)
+    assert evaluate(folders, "-np", "1") == 0
+    values = {row["metric"]: float(row["value"]) for row in table(folders / "out") if row["label"] == "tail"}
+    assert values["HD95"] == pytest.approx(3.0)
+    assert values["reference_volume"] == pytest.approx(2 * 6 * 6 * 0.5 * 1 * 3 / 1000)
+    content = json.loads((folders / "out" / "metrics.json").read_text())
+    assert content["cases"]["case"]["spacing_mm"] == list(SPACING)
+
+
+def test_tiff_files_without_spacing_are_refused(folders, capsys):
+    tiff_folders(folders, reference=False, prediction=False)
+    assert "case.tif has no spacing" in refused(folders, capsys)
+
+
+def test_tiff_files_of_other_spacing_are_refused(folders, capsys):
+    tiff_folders(folders)
+    (folders / "validation" / "case.json").write_text('{"spacing": [1, 1, 1]}')
+    assert "spacing (1.0, 1.0, 1.0) instead of (0.5, 1.0, 3.0) mm" in refused(folders, capsys)
+
+
 def test_cases_in_one_folder_only_are_listed(folders, capsys):
     (folders / "validation" / "003.nii.gz").unlink()
     message = refused(folders, capsys)

@@ -144,13 +144,6 @@ class TestParts:
         assert [r.case for r in results] == ["case_0", "case_2"]
         assert run(folders, continue_prediction=True, **options) == []
 
-    def test_a_folder_is_not_continued_with_other_settings(self, tmp_path, run):
-        folders = Folders(tmp_path)
-        folders.add("case")
-        run(folders)
-        with pytest.raises(ValueError, match=r"begun with other settings: region .*'margin': 4.* instead of"):
-            run(folders, continue_prediction=True, region={"margin": 7})
-
 
 class TestInterruptions:
     def test_a_full_disk_leaves_no_half_file(self, tmp_path, run):

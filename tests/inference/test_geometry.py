@@ -54,6 +54,21 @@ def test_maps_come_back_to_the_image(tmp_path, plans):
     assert np.abs(back - smooth[0])[inside].mean() < 0.03  # of 1; thick slices take the nearest
 
 
+@pytest.mark.parametrize("spacing", [(0.7, 0.7, 0.7), (1.0, 1.3, 1.9)], ids=["finer", "coarser"])
+def test_maps_stay_in_their_range_where_splines_overshoot(tmp_path, spacing):
+    """Both ways: a map of 0 and 1, resampled by splines of order 3."""
+    geometry = geometry_of("labels", spacing=spacing)
+    kwargs = geometry.plans["configurations"]["3d_fullres"]["resampling_fn_probabilities_kwargs"]
+    kwargs["order"] = 3
+    file = tmp_path / f"case_0000{ENDING}"
+    write_volume(file, np.ones((14, 18, 16), np.float32), IMAGE_SPACING)
+    image, properties = geometry.preprocessed([file])
+    there = geometry.forward(np.indices((14, 18, 16)).sum(0, keepdims=True) // 4 % 2.0, properties, image.shape[1:])
+    back = geometry.backward((np.indices(image.shape[1:]).sum(0) // 4 % 2).astype(np.float32), properties)
+    for values in (there, back):
+        assert (values.min(), values.max()) == (0, 1)
+
+
 @EACH
 @KINDS
 class TestCorrected:

@@ -13,7 +13,7 @@ from nnunet_diffrefine.calibration.agreement import Line
 from nnunet_diffrefine.calibration.record import QualityRecord
 from nnunet_diffrefine.inference.files import OutputFolder
 from nnunet_diffrefine.inference.quality import CaseQuality, Judge, case_file, write_table
-from nnunet_diffrefine.reports.selection import read_predicted_dice
+from nnunet_diffrefine.reports.selection import read_review
 from tests.builders import LABELS, REGIONS, SPACE, generator
 from tests.inference.small import ENDING, Everywhere, Folders, read_volume
 from tests.inference.test_apply_command import run  # noqa: F401 (a fixture)
@@ -63,13 +63,13 @@ class TestCase:
 class TestTable:
     def write(self, folder, **cases):
         output = OutputFolder(folder)
-        output.begin()
-        for name, dice in cases.items():
-            limits = dict.fromkeys(dice, (None, 2.0))
-            quality = CaseQuality(name, dice, dict.fromkeys(dice, 1.0), limits, 0.01, 0.5, "")
-            output.write(case_file(name), lambda file: file.write_text(quality.json()))  # noqa: B023
-        write_table(output)
-        output.end()
+        with output.begun():
+            for name, dice in cases.items():
+                limits = dict.fromkeys(dice, (None, 2.0))
+                quality = CaseQuality(name, dice, dict.fromkeys(dice, 1.0), limits, 0.01, 0.5, "")
+                output.write(case_file(name), lambda file: file.write_text(quality.json()))  # noqa: B023
+                (folder / f"{name}{ENDING}").touch()
+            write_table(output, ENDING)
 
     def test_the_most_doubtful_class_decides_and_nothing_found_comes_first(self, tmp_path):
         self.write(
@@ -84,9 +84,39 @@ class TestTable:
         assert rows[0]["predicted_Dice_edema"] == ""
         assert rows[3]["volume_high_ml_core"] == "2"
 
+    def test_a_case_without_a_class_that_most_have_comes_before_low_dice(self, tmp_path):
+        """Of a class that is found in half of the cases or fewer that says nothing."""
+        self.write(
+            tmp_path,
+            low={"edema": 0.1, "core": 0.9, "rare": None}, sure={"edema": 0.9, "core": 0.9, "rare": 0.9},
+            none={"edema": None, "core": None, "rare": None}, lacks={"edema": 0.8, "core": None, "rare": 0.9},
+            lacks_less={"edema": None, "core": 0.95, "rare": None}, fair={"edema": 0.7, "core": 0.9, "rare": None},
+        )  # fmt: skip
+        assert [row["case"] for row in table(tmp_path)] == ["none", "lacks", "lacks_less", "low", "fair", "sure"]
+
+    def test_only_cases_whose_mask_is_there_count(self, tmp_path):
+        self.write(tmp_path, old={"edema": 0.1}, new={"edema": 0.9})
+        (tmp_path / f"old{ENDING}").unlink()
+        self.write(tmp_path)
+        assert [row["case"] for row in table(tmp_path)] == ["new"]
+
+    def test_other_classes_have_columns_of_their_own(self, tmp_path):
+        self.write(tmp_path, a={"edema": 0.9}, b={"liver": 0.5})
+        rows = table(tmp_path)
+        dice = [(row["predicted_Dice_edema"], row["predicted_Dice_liver"]) for row in rows]
+        assert dice == [("", "0.5"), ("0.9", "")]
+
+    def test_a_leftover_that_is_damaged_does_not_count_either(self, tmp_path):
+        self.write(tmp_path, a={"edema": 0.9})
+        (tmp_path / "qc" / "old.json").write_text("{")
+        self.write(tmp_path)
+        assert len(table(tmp_path)) == 1
+
     def test_the_report_reads_it(self, tmp_path):
         self.write(tmp_path, a={"edema": 0.9, "core": 0.7}, b={"edema": 0.5, "core": None})
-        assert read_predicted_dice(tmp_path / "qc.csv", {"a", "b"}) == {"a": pytest.approx(0.8), "b": 0.5}
+        review = read_review(tmp_path / "qc.csv", {"a", "b"})
+        assert review.order == ("b", "a")
+        assert review.dice == {"a": 0.7, "b": 0.5}
 
     def test_a_damaged_case_is_named(self, tmp_path):
         self.write(tmp_path, a={"edema": 0.9})

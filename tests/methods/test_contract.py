@@ -12,11 +12,11 @@ from nnunet_diffrefine.methods.base import draw_times, recycle
 from nnunet_diffrefine.paths import resource_folder
 from nnunet_diffrefine.plans import PAPER_LITERAL, merge, shipped_settings
 from tests.builders import (
-    for_seeds,
     LABELS,
     REGIONS,
     TinyDenoiser,
     batch_of,
+    for_seeds,
     generator,
     label_maps,
     method_of,

@@ -63,6 +63,14 @@ def build(folder):
     }
 
 
+def write_probabilities(folder, sure=0.9):
+    """CASE.npz beside the label maps: the label decided has ``sure``, the others share the rest."""
+    for file in sorted(folder.glob("*.nii.gz")):
+        decided = sitk.GetArrayFromImage(sitk.ReadImage(str(file)))
+        p = np.where(decided == np.arange(3)[:, None, None, None], sure, (1 - sure) / 2)
+        np.savez_compressed(folder / file.name.replace(".nii.gz", ".npz"), probabilities=p.astype(np.float32))
+
+
 def write_table(file, rows):
     file.parent.mkdir(parents=True, exist_ok=True)
     with open(file, "w", newline="", encoding="utf-8") as stream:

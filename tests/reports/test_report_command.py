@@ -1,14 +1,21 @@
 """The page: what it says is what the tables say, nothing hostile gets in, nothing is fetched, bad input is refused."""
 
+import csv
 import json
 import re
+import shlex
 import shutil
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from nnunet_diffrefine.cli import main
+from nnunet_diffrefine.inference import quality
+from nnunet_diffrefine.inference.case_work import MAPS
+from nnunet_diffrefine.reports import report_command, selection, svg
+from nnunet_diffrefine.reports.selection import read_review
 from nnunet_diffrefine.reports.tables import row_cells
 from tests.reports import study
 
@@ -197,15 +204,90 @@ def test_the_same_input_gives_the_same_bytes(given, tmp_path):
 
 
 def test_qc_replaces_the_worst_dice(given, tmp_path):
-    qc = tmp_path / "qc.csv"
-    lines = [f'"{case.replace(chr(34), chr(34) * 2)}",{0.9 - 0.1 * i},0.9' for i, case in enumerate(study.CASES)]
-    qc.write_text("case,predicted_Dice_head,predicted_Dice_tail\n" + "\n".join(lines) + "\n")
+    qc = write_qc(tmp_path, {case: (0.9 - 0.1 * i, 0.9) for i, case in enumerate(study.CASES)})
     options = {key: given[key] for key in ("-i", "-gt", "-s", "-r", "-djfile")}
     assert report(tmp_path / "out", *tables_of(given), {**options, "--qc": qc}) == 0
     text = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     found = dict(re.findall(r'<h3>(.*?) <span class="quiet">(.*?)</span>', text))
-    assert [case for case, why in found.items() if "worst predicted Dice" in why] == ["case_&lt;b&gt;&amp;&#39;&#34;_d"]
-    assert Page(text).tables[-1][0][-1] == "predicted Dice"
+    assert [case for case, why in found.items() if "first to review" in why] == ["case_&lt;b&gt;&amp;&#39;&#34;_d"]
+    table = Page(text).tables[-1]
+    assert table[0][-1] == "least predicted Dice"
+    shown = {row[0]: float(row[-1]) for row in table[1:]}
+    assert shown == pytest.approx({case: 0.9 - 0.1 * i for i, case in enumerate(study.CASES)})
+
+
+def write_qc(folder, dice, ranks=None):
+    """A qc.csv of predicted Dice of head and tail, None where nothing was found, with or without ranks."""
+    with open(folder / "qc.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        rank = ["need_of_review"] if ranks else []
+        writer.writerow(["case", *rank, "predicted_Dice_head", "predicted_Dice_tail"])
+        for case, values in dice.items():
+            writer.writerow([case, *([ranks[case]] if ranks else []), *("" if v is None else v for v in values)])
+    return folder / "qc.csv"
+
+
+QC = {"a": (0.9, 0.9), "b": (0.95, 0.6), "c": (None, None), "d": (0.7, None)}
+
+
+def test_without_ranks_nothing_found_comes_first_then_the_lowest_class(tmp_path):
+    """The mean over classes would put d before b and leave c out."""
+    found = read_review(write_qc(tmp_path, QC), set("abcd"))
+    assert found.order == ("c", "b", "d", "a")
+    assert found.dice == pytest.approx({"a": 0.9, "b": 0.6, "c": np.nan, "d": 0.7}, nan_ok=True)
+
+
+def test_the_ranks_of_apply_are_obeyed(tmp_path):
+    ranks = {"a": 11, "b": 9, "c": 10, "d": 2}  # numbers, not text
+    found = read_review(write_qc(tmp_path, QC, ranks), set("abc"))
+    assert found.order == ("b", "c", "a")  # d is no case of the tables
+    assert quality.RANK == selection.RANK
+
+
+DOCUMENTED = Path(__file__).resolve().parents[2] / "docs" / "report.md"
+
+
+@pytest.mark.parametrize("text", [report_command.EPILOG, DOCUMENTED.read_text(encoding="utf-8")], ids=["help", "docs"])
+def test_the_example_works_as_written_on_what_apply_writes(given, tmp_path, monkeypatch, text):
+    """Folders as apply names them, nnU-Net's probabilities beside stage one."""
+    names = {"-i": "imagesTs", "-gt": "labelsTs", "-s": "stage_one", "-r": "refined", "-djfile": "dataset.json"}
+    names |= dict(zip(("--uncertainty", "--error_maps"), (f"refined/{name}" for name in MAPS), strict=True))
+    for option, name in names.items():
+        (shutil.copytree if given[option].is_dir() else shutil.copy)(given[option], tmp_path / name)
+    write_qc(tmp_path / "refined", {case: (0.9, 0.8) for case in study.CASES}, {case: 1 for case in study.CASES})
+    for system, file in zip(("stage_one", "refined"), tables_of(given), strict=True):
+        shutil.copytree(file.parent, tmp_path / "evaluation" / system)
+    command = re.search(r"nnUNetv2_diffrefine (report (?:.*\\\n)*.*)", text)[1].replace("\\\n", " ")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main(shlex.split(command))
+    assert ended.value.code == 0
+    page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
+    for shown in ("Is the error map right?", "uncertainty", "first to review"):
+        assert shown in page
+
+
+def test_the_legend_tells_classes_of_one_colour_apart(given, tmp_path):
+    """Eight classes, two more than there are colours."""
+    regions = {f"class {i}": [1, 2] if i % 2 else [1] for i in range(8)}
+    content = json.loads(given["-djfile"].read_text()) | {"labels": {"background": 0, **regions}}
+    (tmp_path / "dataset.json").write_text(json.dumps(content))
+    options = {key: given[key] for key in ("-i", "-gt", "-s", "-r")} | {"-djfile": tmp_path / "dataset.json"}
+    assert report(tmp_path / "out", *tables_of(given), options) == 0
+    text = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    styles = dict(re.findall(r'<path d="M2 6H46" ([^>]*) fill="none"/></svg>(class \d)', text))
+    assert len(styles) == len(regions)  # keyed by style: no two look alike
+    assert sum("stroke-dasharray" in style for style in styles) == 2
+
+
+def test_a_full_disk_leaves_no_half_figure(given, tmp_path, monkeypatch):
+    def full(self, file, **_):
+        Path(file).write_bytes(b"half a figure")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(svg.Figure, "savefig", full)
+    assert report(tmp_path, *tables_of(given)) == 1
+    assert [file for file in tmp_path.rglob("*") if file.is_file()] == []
 
 
 # what is refused
@@ -312,6 +394,8 @@ def test_a_truncated_file_is_named(given, tmp_path, capsys, option):
         ("case,volume\nx,1\n", "lacks the columns case and predicted_Dice"),
         ("case,predicted_Dice\ncase_a,1\n", "lacks 3 of 4 cases"),
         ("case,predicted_Dice\ncase_a,good\n", "line 2: could not convert string"),
+        ("case,predicted_Dice\ncase_a,nan\n", "line 2: nan; wanted a number"),
+        ("case,need_of_review,predicted_Dice\ncase_a,,1\n", "line 2, need_of_review: could not convert"),
     ],
 )
 def test_a_qc_table_that_does_not_fit_is_refused(given, tmp_path, capsys, content, message):

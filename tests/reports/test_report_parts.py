@@ -15,7 +15,7 @@ from nnunet_diffrefine.image_files import Header
 from nnunet_diffrefine.reports import reliability
 from nnunet_diffrefine.reports.metrics_table import MetricsTable
 from nnunet_diffrefine.reports.reliability import histogram, surface_band
-from nnunet_diffrefine.reports.selection import choose
+from nnunet_diffrefine.reports.selection import Review, choose
 from nnunet_diffrefine.reports.sizes import size_groups
 from nnunet_diffrefine.reports.slices import find_plane
 from nnunet_diffrefine.reports.volumes import read_map, to_lps
@@ -69,7 +69,9 @@ def test_cases_are_chosen_by_change_and_by_value():
         "c": ["median"],
         "e": ["worst Dice"],
     }
-    assert choose(change, dice, dict.fromkeys("abcde", 0.5) | {"d": 0.4}, 1)["d"] == ["worst predicted Dice"]
+    by_review = choose(change, dice, Review(("d", "e", "c", "b", "a"), {}), 2)
+    assert [case for case, why in by_review.items() if "first to review" in why] == ["d", "e"]
+    assert not any("worst Dice" in why for why in by_review.values())
     # nothing improved: no case is called so
     assert choose({"a": -0.1, "b": -0.2}, {"a": 0.5, "b": 0.4}, None, 2) == {
         "b": ["most harmed", "median", "worst Dice"],
