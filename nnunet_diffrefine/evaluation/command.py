@@ -47,6 +47,7 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("-np", type=int, default=processes, metavar="N", help=f"cases at once [{processes}]")
     parser.add_argument("--chill", action="store_true", help="allow references without a prediction")
     _add_metric_arguments(parser)
+    _add_lesion_arguments(parser)
     parser.set_defaults(func=run)
 
 
@@ -66,6 +67,9 @@ def _add_metric_arguments(parser: argparse.ArgumentParser) -> None:
         help="what empty masks count. nnunet: no value if both are empty, overlap 0 and the image's diagonal as "
         "distance if one is. brats: overlap 1 and 0 mm if both are, 0 and 374 mm if one is [nnunet]",
     )
+
+
+def _add_lesion_arguments(parser: argparse.ArgumentParser) -> None:
     lesions = parser.add_argument_group("lesion rule", "BraTS 2023: gliomas 3, 50; meningiomas 1, 50; metastases 1, 2")
     lesions.add_argument(
         "--lesion_dilation",

@@ -152,8 +152,7 @@ def reliability_chart(found: Mapping[str, Reliability], seed: int) -> Drawing:
             low, high = _intervals(found[name].by_case, seed)
             full = n > 0
             axis.vlines(probability[full], low[full], high[full], color=colour, linewidth=1.4)
-            line = {"color": colour, "marker": marker, "markersize": 4, "linewidth": 1.2, "label": name}
-            axis.plot(probability[full], share[full], **line)
+            axis.plot(probability[full], share[full], color=colour, marker=marker, ms=4, linewidth=1.2, label=name)
         if len(curves) > 1:
             axis.legend(frameon=False, fontsize=7, loc="upper left")
         axis.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
@@ -173,6 +172,7 @@ def count_chart(found: Reliability) -> Drawing:
         axis.bar(edges[:-1], n, width=np.diff(edges) * 0.92, align="edge", color=QUIET)
         axis.set_yscale("log")
         axis.yaxis.set_major_formatter("{x:,.0f}")
+        axis.yaxis.set_minor_formatter("")
         axis.set(xlim=(-0.02, 1.02), xlabel="predicted probability of an error", ylabel="voxels in the band")
         axis.set_box_aspect(1)
         axis.grid(True, axis="y")

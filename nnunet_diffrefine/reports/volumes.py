@@ -86,15 +86,16 @@ def find_volumes(folders: Folders, cases: Iterable[str]) -> Volumes:
         "--error_maps": _pick(folders.error_maps, "--error_maps", cases, ending),
         "--uncertainty": _pick(folders.uncertainty, "--uncertainty", cases, ending),
     }
-    soft = find_probabilities(folders.stage_one, cases, folders.dataset_json) if folders.error_maps else {}
+    if folders.error_maps is not None:
+        found["npz"] = find_probabilities(folders.stage_one, cases, folders.dataset_json)
     images = [_pick(folders.images, "-i", cases, f"_{c:04d}{ending}") for c in range(len(channels))]
     files = {}
     for case in cases:
         shown = tuple(channel[case] for channel in images if channel)
         reference, stage_one = found["-gt"][case], found["-s"][case]
-        maps = (found[option].get(case) for option in ("-r", "--error_maps", "--uncertainty"))
+        rest = (found.get(key, {}).get(case) for key in ("-r", "--error_maps", "--uncertainty", "npz"))
         header = read_header(reference, stage_one)
-        files[case] = CaseFiles(header, shown, reference, stage_one, *maps, soft.get(case))
+        files[case] = CaseFiles(header, shown, reference, stage_one, *rest)
     _refuse_other_grids(files)
     return Volumes(channels, classes, files)
 

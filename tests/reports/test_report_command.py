@@ -138,6 +138,11 @@ def test_figures_are_written_as_svg_and_png(whole):
     assert {file.name for file in whole.iterdir()} == {"report.html", "figures"}
 
 
+def test_no_number_is_shown_as_source_of_a_formula(text):
+    """Matplotlib labels logarithmic axes with formulas unless told otherwise, and the page does not typeset them."""
+    assert "mathdefault" not in text
+
+
 def test_the_page_needs_nothing_but_itself(text, page):
     assert "http:" not in text
     assert "https:" not in text
