@@ -6,9 +6,11 @@ python benchmarks/compare_methods.py -d 4 -p nnUNetPlansBench -f 0 --stage_one n
 
 Needs stage one trained with --npz on all folds and exported. Trains what is not trained yet (one process a system,
 ``OUT/logs``), measures the cost of each refiner (``OUT/cost``), scores, and writes ``OUT.md`` and ``OUT.json``. Run it
-again to continue after an interruption. Beside every method: stage one trained on for the same budget (the bar), and a
-second network with stage one's own budget. Further systems are a method with other settings, NAME=METHOD:KEY=VALUE,...
-or any trainer, NAME=TRAINER[@PLANS[@CONFIGURATION]].
+again to continue after an interruption.
+
+Beside every method: stage one trained on for the same budget, at a tenth of its learning rate (the bar) and at its own,
+and a second network with stage one's own budget. Further systems are a method with other settings,
+NAME=METHOD:KEY=VALUE,... or any trainer, NAME=TRAINER[@PLANS[@CONFIGURATION]].
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from nnunet_diffrefine.methods import METHODS
 from nnunet_diffrefine.plan_command import parse_changes
 from nnunet_diffrefine.plans import merge, shipped_settings
 
-BAR, SECOND = "stage one trained on", "second network"
+BAR, FAST, SECOND = "stage one trained on", "the same at stage one's learning rate", "second network"
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class System:
         name: in the table.
         model: TRAINER@PLANS@CONFIGURATION.
         refiner: whether it is one, so that its cost is measured.
-        start: checkpoint whose weights it starts from, for trainers of nnU-Net.
+        start: checkpoint that a control trains on from.
     """
 
     name: str
@@ -69,7 +71,7 @@ class Comparison:
         for part in ("logs", "cost"):
             (self.work / part).mkdir(parents=True, exist_ok=True)
         common = parse_changes(args.set)
-        refiners = [self._refiner(name, name, common) for name in args.methods or METHODS]
+        refiners = [self._refiner(name, name, common) for name in (METHODS if args.methods is None else args.methods)]
         self.systems = [*self._controls(), *refiners, *(self._further(pair, common) for pair in args.systems)]
 
     def _controls(self) -> list[System]:
@@ -77,8 +79,9 @@ class Comparison:
             return []
         stage_one, extra = self.args.stage_one, f"{self.args.stage_one.rsplit('_bench', 1)[0]}_bench{self.args.steps}"
         start = self.run.folder(stage_one, self.args.f) / "checkpoint_final.pth"
-        on = System(BAR, f"{extra}_on@{self.args.p}@3d_fullres", start=start)
-        return [on, System(SECOND, f"{stage_one}_second@{self.args.p}@3d_fullres")]
+        end = f"@{self.args.p}@3d_fullres"
+        on = [System(BAR, f"{extra}_on_tenth{end}", start=start), System(FAST, f"{extra}_on{end}", start=start)]
+        return [*on, System(SECOND, f"{stage_one}_second{end}")]
 
     def _further(self, pair: str, common: dict) -> System:
         name, _, model = pair.partition("=")
@@ -135,13 +138,12 @@ class Comparison:
         command += ["--npz", "-device", self.args.device]
         if any(self.run.folder(system.model, self.args.f).glob("checkpoint_*.pth")):
             command.append("--c")
-        elif system.start:
-            command += ["-pretrained_weights", str(system.start)]
+        environment = {**os.environ, "DIFFREFINE_BENCH_START": str(system.start)}
         file = self.work / "logs" / f"{system.model}.log"
         with file.open("a") as log:
-            code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
-        if code:
-            print(f"{system.name} failed ({code}): see {file}", file=sys.stderr)
+            done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False, env=environment)
+        if done.returncode:
+            print(f"{system.name} failed ({done.returncode}): see {file}", file=sys.stderr)
 
     def _measure(self, system: System) -> None:
         trainer, plans, _ = system.model.split("@")

@@ -26,9 +26,12 @@ from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from torch import Tensor
 
-from nnunet_diffrefine.inference.volume import references
+from nnunet_diffrefine.data import PriorDataset
+from nnunet_diffrefine.inference.volume import GivenPrior, references, whole
 from nnunet_diffrefine.networks.refinement import mirrored_mean
-from nnunet_diffrefine.paths import StageOneId
+from nnunet_diffrefine.paths import StageOneId, export_folder
+from nnunet_diffrefine.plans import read_block
+from nnunet_diffrefine.stage_one.store import PriorStore
 
 
 class Model:
@@ -45,6 +48,9 @@ class Model:
         data = str(preprocessed / self.predictor.configuration_manager.data_identifier)
         self.cases = json.loads((preprocessed / "splits_final.json").read_text())[args.f]["val"]
         self.data = infer_dataset_class(data)(data, list(self.cases))
+        record = read_block(self.predictor.configuration_manager.configuration)[1].stage_one
+        stage_one = StageOneId(record["trainer"], record["plans"], record["configuration"])
+        self.given = PriorDataset(self.data, PriorStore(export_folder(dataset, stage_one)))
 
     def run(self, module: torch.nn.Module, case: str) -> Tensor:
         """Logits (1, H, D, H, W) of a preprocessed case."""
@@ -77,10 +83,11 @@ class Model:
         return sum(calls)
 
     def scores(self) -> dict[str, float]:
-        """Mean Dice in % and HD95 in mm over the validation cases and classes."""
-        rows = []
+        """Mean Dice in % and HD95 in mm over the validation cases and classes, from their exported priors."""
+        rows, self.predictor.network = [], GivenPrior(self.network)
         for case in self.cases:
-            decided = self.network.foreground.decide(self.run(self.network, case))[0].numpy() > 0
+            logits = self.predictor.predict_sliding_window_return_logits(whole(self.given.load_case(case)[0]))
+            decided = self.network.foreground.decide(logits[None].float())[0].numpy() > 0
             reference, _ = references(np.asarray(self.data.load_case(case)[1][:]), self.predictor.label_manager)
             spacing = tuple(self.predictor.configuration_manager.spacing)
             pairs = list(zip(decided, reference.numpy(), strict=True))

@@ -39,13 +39,8 @@ class ReCoSegTrainer_bench600(ReCoSegTrainer):
             return super().train_step(batch)
 
 
-class ReCoSegSynthesisTrainer_bench1200(ReCoSegSynthesisTrainer):
-    """12 epochs of 100 steps."""
-
-    length = length(1200)
-
-
-class ReCoSegTrainer_bench1200(ReCoSegTrainer_bench600):
-    """12 epochs of 100 steps."""
-
-    length = length(1200)
+for _steps in (240, 480, 1200):
+    for _base in (ReCoSegSynthesisTrainer_bench600, ReCoSegTrainer_bench600):
+        _name = f"{_base.__name__.removesuffix('600')}{_steps}"
+        _content = {"__module__": __name__, "__doc__": f"12 epochs of {_steps // 12} steps.", "length": length(_steps)}
+        globals()[_name] = type(_name, (_base,), _content)
