@@ -184,6 +184,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="*", choices=list(METHODS), help="default: all")
     parser.add_argument("--no_controls", action="store_true", help="neither second network nor training on")
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time")
+    parser.add_argument("--table", action="store_true", help="train nothing: the table of what is trained")
     parser.add_argument("--work", type=Path, help="folder for logs and costs (default: OUT)")
     return parser.parse_args()
 
@@ -193,7 +194,8 @@ def main() -> None:
     args = arguments()
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     comparison = Comparison(args)
-    comparison.train()
+    if not args.table:
+        comparison.train()
     rows, costs = comparison.scores(), comparison.costs()
     bar = BAR if BAR in rows else "stage one"
     text = f"{comparison_table(rows, comparison.run.names, 'stage one', bar)}\n\n{cost_table(costs)}\n"

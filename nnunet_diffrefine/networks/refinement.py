@@ -128,7 +128,12 @@ class RefinementNetwork(nn.Module):
         return logits
 
     def refined(self, image: Tensor, stage_one_logits: Tensor) -> Tensor:
-        """Refine the windows in which stage one sees any foreground; the others pass through."""
+        """Refine the windows in which stage one sees any foreground; the others pass through.
+
+        So does everything if no threshold allows a flip: blended over windows, decisions are not stage one's logits.
+        """
+        if self.method.flips and bool(torch.isposinf(self.thresholds).all()):
+            return stage_one_logits
         prior = self.foreground.probabilities(stage_one_logits)
         seen = prior.flatten(1).amax(1) >= self.sampling.min_foreground
         if not seen.any():

@@ -123,6 +123,19 @@ class TestWindows:
         x[0, 0, 1, 2, 3] = 1
         assert not torch.allclose(network(x), network.stage_one_logits(x), atol=1e-2)
 
+    @BOTH
+    def test_thresholds_that_allow_no_flip_give_stage_ones_own_logits(self, foreground: Foreground) -> None:
+        error = {"error": {"target": "absolute"}, "process": {"kind": "none"}}
+        network, image = network_of(foreground, "discrepancy_unet", **error), images()
+        calls: list[int] = []
+        network.denoiser.register_forward_hook(lambda *_: calls.append(1))
+        for first, passes in ((0.0, True), (torch.inf, False)):
+            network.thresholds.copy_(torch.tensor([first, torch.inf]))
+            calls.clear()
+            result = network(image)
+            assert bool(calls) == passes
+            assert torch.equal(result, network.stage_one_logits(image)) != passes
+
     def test_the_threshold_is_that_of_the_settings(self) -> None:
         for threshold, refined in ((0.99, False), (0.4, True)):
             network = network_of(REGIONS, sampling={"min_foreground": threshold})
