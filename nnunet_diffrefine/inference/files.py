@@ -114,7 +114,7 @@ class OutputFolder:
         lock = FileLock(self.partial / LOCK)
         try:
             self.partial.mkdir(parents=True, exist_ok=True)
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=1)
             for left in self.partial.iterdir():
                 if left.name != LOCK:
                     left.unlink()

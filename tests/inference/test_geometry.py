@@ -56,10 +56,10 @@ def test_maps_come_back_to_the_image(tmp_path, plans):
 
 @pytest.mark.parametrize("spacing", [(0.7, 0.7, 0.7), (1.0, 1.3, 1.9)], ids=["finer", "coarser"])
 def test_maps_stay_in_their_range_where_splines_overshoot(tmp_path, spacing):
-    """Both ways: a map of 0 and 1, resampled by splines of order 3."""
+    """Both ways: a map of 0 and 1, resampled by splines of order 3 along the axis that nnU-Net takes by itself."""
     geometry = geometry_of("labels", spacing=spacing)
     kwargs = geometry.plans["configurations"]["3d_fullres"]["resampling_fn_probabilities_kwargs"]
-    kwargs["order"] = 3
+    kwargs |= {"order_z": 3, "force_separate_z": True}
     file = tmp_path / f"case_0000{ENDING}"
     write_volume(file, np.ones((14, 18, 16), np.float32), IMAGE_SPACING)
     image, properties = geometry.preprocessed([file])
