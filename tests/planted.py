@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
@@ -12,13 +12,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nnunet_diffrefine.batch import Foreground, RefineBatch
-from nnunet_diffrefine.config import RefineConfig
+from nnunet_diffrefine.config import RefineConfig, TrainingConfig
 from nnunet_diffrefine.inference.volume import GivenPrior
 from nnunet_diffrefine.methods import METHODS, AbstractRefineMethod
+from nnunet_diffrefine.methods.recoseg import ReCoSeg, from_parts, to_parts
+from nnunet_diffrefine.methods.recoseg_settings import ReCoSegConfig, SynthesisConfig, to_dict
 from nnunet_diffrefine.networks.build import build_denoiser
+from nnunet_diffrefine.networks.planned import planned_unet
+from nnunet_diffrefine.networks.recoseg import ReCoSegNetwork, StoredChannelNetwork, SynthesisNetwork
 from nnunet_diffrefine.networks.refinement import RefinementNetwork
 from nnunet_diffrefine.plans import PAPER_LITERAL, merge, shipped_settings
+from nnunet_diffrefine.stage_one.manifest import ChannelRecord
+from nnunet_diffrefine.stage_one.residual import median_quantile, residual_quantiles
 from nnunet_diffrefine.training.optimisation import WarmupCosine
+from nnunet_diffrefine.training.recoseg_build import build_synthesis
 from nnunet_diffrefine.training.thresholds import ThresholdChoice
 from tests.builders import generator, nnunet_loss, target_of
 
@@ -27,6 +34,8 @@ DISPLACEMENT = 2
 """Of stage one, in voxels."""
 NOISE = 0.4
 """Standard deviation; that of the blobs' intensities is 1 a label."""
+CONTRAST = 1.0
+"""Of lesions in the planted channel; standard deviations of the channels are 0.8 to 1."""
 ARCHITECTURE = {
     "network_class_name": "dynamic_network_architectures.architectures.unet.PlainConvUNet",
     "arch_kwargs": {
@@ -38,6 +47,10 @@ ARCHITECTURE = {
     },
     "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
 }  # fmt: skip
+
+CONFIGURATION = ConfigurationManager({"architecture": ARCHITECTURE})
+LESION, DRAWN = Foreground(("lesion",), exclusive=True), 1
+"""Of the planted channels: what is segmented, and the index of the channel that is synthesised."""
 
 
 @cache
@@ -79,33 +92,45 @@ def shipped_method(
 
 def network_with(method: AbstractRefineMethod, stage_one: nn.Module | None = None, seed: int = 0) -> RefinementNetwork:
     """Refiner of the architecture above for images of one channel; no stage one is needed where its prior is given."""
-    configuration = ConfigurationManager({"architecture": ARCHITECTURE})
     shown, channels = method.condition_channels(1), method.channels(1)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        denoiser = build_denoiser(method.config.condition, configuration, shown, channels, method.foreground, False)
+        denoiser = build_denoiser(method.config.condition, CONFIGURATION, shown, channels, method.foreground, False)
     return RefinementNetwork(stage_one or nn.Identity(), denoiser, method, method.foreground, method.config.sampling)
 
 
 def train(network: RefinementNetwork, cases: RefineBatch, steps: int, size: int = 2, peak: float = 2e-2) -> None:
     """AdamW as in a real training; the peak of the learning rate suits the few steps."""
-    method, config = network.method, network.method.config.training
-    parameters = [p for p in network.denoiser.parameters() if p.requires_grad]
+    method, loss = network.method, nnunet_loss(network.method.foreground)
+
+    def loss_of(rows: Tensor, g: torch.Generator) -> Tensor:
+        batch = RefineBatch(*(x[rows] for x in (cases.image, cases.prior, cases.reference, cases.valid, cases.target)))
+        return method.loss(network, batch, loss, g)
+
+    fit(network.denoiser, loss_of, len(cases.image), steps, method.config.training, size, peak)
+    network.eval()
+
+
+def fit(
+    module: nn.Module,
+    loss: Callable[[Tensor, torch.Generator], Tensor],
+    cases: int,
+    steps: int,
+    config: TrainingConfig,
+    size: int = 2,
+    peak: float = 2e-2,
+) -> None:
+    """AdamW, warm-up and cosine on ``loss(rows, generator)``, of ``size`` rows drawn anew from so many cases."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, weight_decay=config.weight_decay)
-    schedule, loss, g = (
-        WarmupCosine(optimizer, peak, steps, config.warmup),
-        nnunet_loss(method.foreground),
-        generator(9),
-    )
+    schedule, g = WarmupCosine(optimizer, peak, steps, config.warmup), generator(9)
     for step in range(steps):
         schedule.step(step)
-        rows = torch.randperm(len(cases.image), generator=g)[:size]
-        batch = RefineBatch(*(x[rows] for x in (cases.image, cases.prior, cases.reference, cases.valid, cases.target)))
+        rows = torch.randperm(cases, generator=g)[:size]
         optimizer.zero_grad()
-        method.loss(network, batch, loss, g).backward()
+        loss(rows, g).backward()
         nn.utils.clip_grad_norm_(parameters, config.gradient_clip)
         optimizer.step()
-    network.eval()
 
 
 @torch.no_grad()
@@ -132,3 +157,77 @@ def wrong_voxels(network: RefinementNetwork, cases: RefineBatch) -> tuple[int, i
         int((mask != cases.reference).any(1).sum()) for mask in (decided(network.foreground, cases), refined)
     )
     return before, after
+
+
+# ReCoSeg
+
+
+@cache
+def planted_channels(size: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Images (size, 3, *SPACE) whose second channel is the distance of the others, and lesions (size, 1, *SPACE).
+
+    A lesion is a ball in which the second channel is brighter or darker than that: no channel shows it by itself.
+    """
+    g = generator(seed)
+    smooth = F.avg_pool3d(torch.randn(size, 2, *(n + 2 for n in SPACE), generator=g), 3, 1)
+    first, last = (smooth / smooth.std()).split(1, 1)
+    radius = 2.5 + torch.rand(size, 1, 1, 1, 1, generator=g)
+    lesions = balls(torch.tensor([1.0, 3.0, 4.0]) * (2 * torch.rand(size, 3, generator=g) - 1), radius).clamp(max=1)
+    sign = 2 * torch.randint(2, (size, 1, 1, 1, 1), generator=g) - 1
+    return torch.cat((first, (first - last).abs() + CONTRAST * sign * lesions, last), 1), lesions
+
+
+def trained_synthesis(images: Tensor, steps: int, seed: int = 0) -> SynthesisNetwork:
+    """The synthesis of the planted channel with its preset, trained on images (B, 3, *SPACE)."""
+    config = SynthesisConfig()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        record = ChannelRecord("T1ce", DRAWN, images.shape[1], config.maximum, to_dict(config))
+        network = build_synthesis(CONFIGURATION, record)
+
+    def loss_of(rows: Tensor, g: torch.Generator) -> Tensor:
+        return network.method.loss(network, images[rows], g)
+
+    fit(network, loss_of, len(images), steps, RefineConfig().training, peak=1e-2)
+    return network.eval()
+
+
+@torch.no_grad()
+def stored_parts(network: SynthesisNetwork, images: Tensor) -> Tensor:
+    """What an export keeps of images (B, 3, *SPACE): excess and deficit of what is drawn, (B, 2, *SPACE)."""
+    pairs = zip(network.synthesise(images), network.real(images), strict=True)
+    return torch.stack([to_parts(drawn, real, SynthesisConfig().maximum) for drawn, real in pairs])
+
+
+def trained_recoseg(
+    synthesis: SynthesisNetwork, images: Tensor, parts: Tensor, lesions: Tensor, steps: int, seed: int = 0
+) -> ReCoSegNetwork:
+    """The segmentation with its preset, trained on images and stored parts as the trainer shows them."""
+    method = ReCoSeg(ReCoSegConfig(), LESION, DRAWN, images.shape[1], SynthesisConfig().maximum)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        segmenter = planned_unet(CONFIGURATION, method.input_channels, LESION.heads, deep_supervision=False)
+    network = ReCoSegNetwork(synthesis, segmenter, method, torch.tensor([method.config.decision.threshold]))
+    quantiles = [residual_quantiles(p.numpy(), i.numpy(), method.maximum) for p, i in zip(parts, images, strict=True)]
+    network.scale.copy_(median_quantile(dict(enumerate(quantiles)), method.config.residual.saturation))
+    stacked, loss = with_extra(method, images, parts), nnunet_loss(LESION)
+
+    def loss_of(rows: Tensor, _: torch.Generator) -> Tensor:
+        return loss(network(stacked[rows]), lesions[rows])
+
+    fit(segmenter, loss_of, len(images), steps, RefineConfig().training)
+    return network.eval()
+
+
+def with_extra(method: ReCoSeg, images: Tensor, parts: Tensor) -> Tensor:
+    """Images and their additional channel, (B, 4, *SPACE)."""
+    real = images[:, DRAWN : DRAWN + 1]
+    drawn = [from_parts(*pair, method.maximum) for pair in zip(parts, real, strict=True)]
+    return torch.cat((images, method.extra(torch.stack(drawn), real)), 1)
+
+
+@torch.no_grad()
+def wrong_lesion_voxels(network: ReCoSegNetwork, images: Tensor, parts: Tensor, lesions: Tensor) -> int:
+    """Voxels that the segmentation has wrong in all cases together."""
+    logits = StoredChannelNetwork(network)(with_extra(network.method, images, parts))
+    return int((LESION.decide(network.method.shifted(logits, network.thresholds)) != lesions).sum())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -151,7 +152,7 @@ def finish(work: CaseWork, done: Finished) -> float:
     names = iter(work.products(name))
     for kind in work.maps:
         values = geometry.backward(done.maps[kind], done.properties)
-        work.output.write(next(names), lambda file: write_map(values, done.case.images[0], file))  # noqa: B023
+        work.output.write(next(names), lambda file: write_map(values, (done.case.images[0], done.case.labels), file))  # noqa: B023
     if probabilities is not None:
         soft = probabilities
         work.output.write(next(names), lambda file: np.savez_compressed(file, probabilities=soft))
@@ -164,13 +165,13 @@ def finish(work: CaseWork, done: Finished) -> float:
     return quality.changed_share
 
 
-def write_map(values: np.ndarray, like: Path, file: Path) -> None:
-    """Write a map (Z, Y, X) as 32-bit floats with the header of an image, and read it back.
+def write_map(values: np.ndarray, like: Sequence[Path], file: Path) -> None:
+    """Write a map (Z, Y, X) as 32-bit floats with the header of files on one grid, and read it back.
 
     Raises:
         OSError: the file is not what was written.
     """
-    header = read_header(like)
+    header = read_header(*like)
     image = sitk.GetImageFromArray(values.astype(np.float32))
     image.SetSpacing(header.spacing)
     image.SetOrigin(header.origin)

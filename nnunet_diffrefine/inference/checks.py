@@ -94,9 +94,9 @@ def check_headers(case: CaseFiles) -> None:
     Raises:
         ValueError: they do not; says in what and by how much.
     """
-    first = read_header(case.images[0])
+    first = read_header(case.images[0], case.labels)
     for file in (*case.images[1:], case.labels):
-        if found := first.differences(read_header(file)):
+        if found := first.differences(read_header(file, case.labels, case.images[0])):
             raise ValueError(f"{file} does not lie on the grid of {case.images[0]}: {'; '.join(found)}.")
 
 

@@ -5,6 +5,8 @@ having passed the frequency parser P (Eq. 4 to 6), and one decoder reads the sum
 
     D(E_I + E_x, t),    A(m_I, m_x) = (LN(m_I) ⊗ LN(P(m_x))) ⊗ m_I
 
+Departure: E_x is given the image beside the state, as every denoiser here is; E_I sees the image alone.
+
 See :class:`nnunet_diffrefine.networks.fusion.DynamicFusion`. Stage one has no part in it. E_I depends on the image
 alone, so it runs once a window; A depends on the state and runs at every step.
 

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from nnunet_diffrefine.batch import Foreground
 from nnunet_diffrefine.diffusion import GaussianProcess, sample
+from nnunet_diffrefine.errors.maps import enforce_nesting
 from nnunet_diffrefine.methods.base import draw_times
 from nnunet_diffrefine.methods.recoseg_settings import ReCoSegConfig, ResidualConfig, SynthesisConfig
 
@@ -161,10 +162,12 @@ class ReCoSeg:
     def shifted(self, logits: Tensor, thresholds: Tensor) -> Tensor:
         """Logits (B, H, *S) whose ordinary decision is that of ``logits`` at ``thresholds`` (R,) in (0, 1).
 
-        Exact for regions, sigmoid(z) > tau, and for one class, p > tau; with several exclusive classes, the class of
-        the largest p / p_background wins if that exceeds tau / (1 - tau).
+        Exact for regions, sigmoid(z) > tau there and in every region that contains them, and for one class, p > tau;
+        with several exclusive classes, the class of the largest p / p_background wins if that exceeds tau / (1 - tau).
         """
         shift = torch.logit(thresholds.to(logits))
         if self.foreground.exclusive:
             shift = torch.cat((shift.new_zeros(1), shift))
-        return logits - shift.view(-1, *([1] * (logits.ndim - 2)))
+        shifted = logits - shift.view(-1, *([1] * (logits.ndim - 2)))
+        parents = self.foreground.parents
+        return enforce_nesting(shifted, parents) if parents else shifted

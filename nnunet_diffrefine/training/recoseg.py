@@ -6,13 +6,14 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 from nnunet_diffrefine.config import BLOCK, ConfigError
+from nnunet_diffrefine.errors.maps import nesting_from_labels
 from nnunet_diffrefine.methods.recoseg import Synthesis
 from nnunet_diffrefine.methods.recoseg_settings import (
     RECOSEG,
@@ -133,8 +134,9 @@ def prepare_recoseg(
     if (channel := manifest.channel) is None:
         raise RuntimeError(f"{folder} holds no synthesis, although it should. Delete it and export again.")
     _refuse_other_windows(settled["patch_size"], manifest.stage_one.architecture, synthesis)
+    parents = nesting_from_labels(manifest.foreground.regions or ())
     resolved = {
-        "foreground": asdict(manifest.foreground.foreground),
+        "foreground": asdict(replace(manifest.foreground.foreground, parents=parents)),
         "synthesis": asdict(manifest.stage_one),
         "channel": asdict(channel),
     }

@@ -62,7 +62,8 @@ def build_recoseg(
     """
     config, resolved = read_resolved(ReCoSegConfig, configuration.configuration, RECOSEG)
     values = resolved["foreground"]
-    foreground = Foreground(tuple(values["names"]), values["exclusive"], values["ignore_label"])
+    parents = tuple(values.get("parents", ()))
+    foreground = Foreground(tuple(values["names"]), values["exclusive"], values["ignore_label"], parents)
     channel = dacite.from_dict(ChannelRecord, resolved["channel"])
     theirs = {**configuration.configuration, "architecture": resolved["synthesis"]["architecture"]}
     synthesis = build_synthesis(type(configuration)(theirs), channel)

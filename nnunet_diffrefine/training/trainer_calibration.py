@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from nnunet_diffrefine.training.thresholds import ThresholdChoice
 
 if TYPE_CHECKING:
     from nnunet_diffrefine.training.trainer import DiffRefineTrainer
+    from nnunet_diffrefine.training.trainer_base import BaseTrainer
 
 SEED = 12345
 
@@ -69,13 +70,14 @@ def calibrate(trainer: DiffRefineTrainer, cases: Sequence[str]) -> None:
         )
 
 
-def hand_to_best_checkpoint(trainer: DiffRefineTrainer) -> None:
-    """Write the final thresholds into the best checkpoint too, atomically: it was saved before there were any."""
+def hand_to_best_checkpoint(trainer: BaseTrainer, names: Sequence[str] = ("thresholds",)) -> None:
+    """Write the network's buffers of these names into the best checkpoint too, atomically: it was saved before."""
     file = Path(trainer.output_folder) / "checkpoint_best.pth"
     if trainer.local_rank != 0 or trainer.disable_checkpointing or not file.is_file():
         return
     checkpoint = torch.load(file, map_location="cpu", weights_only=False)
-    checkpoint["network_weights"]["thresholds"] = trainer.refinement.thresholds.cpu()
+    network: Any = trainer.network.module if trainer.is_ddp else trainer.network
+    checkpoint["network_weights"].update({name: getattr(network, name).cpu() for name in names})
     temporary = file.with_suffix(".pth.tmp")
     torch.save(checkpoint, temporary)
     os.replace(temporary, file)

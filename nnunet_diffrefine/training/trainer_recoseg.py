@@ -21,7 +21,7 @@ from nnunet_diffrefine.networks.recoseg import ReCoSegNetwork, StoredChannelNetw
 from nnunet_diffrefine.training.recoseg import prepare_recoseg
 from nnunet_diffrefine.training.recoseg_build import build_recoseg
 from nnunet_diffrefine.training.trainer_base import BaseTrainer, network_weights
-from nnunet_diffrefine.training.trainer_calibration import held_out
+from nnunet_diffrefine.training.trainer_calibration import hand_to_best_checkpoint, held_out
 from nnunet_diffrefine.training.trainer_evaluation import evaluate_validation
 
 
@@ -116,19 +116,19 @@ class ReCoSegTrainer(BaseTrainer):
         return ExtraChannelTransform(transforms, self.method.extra, channel.index, channel.maximum)
 
     def on_train_end(self) -> None:
-        """Choose the thresholds, so that the final checkpoint holds them."""
+        """Choose the thresholds; final and best checkpoint hold them."""
         self.calibrate()
         super().on_train_end()
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
-        """nnU-Net's validation of the network that users get; a checkpoint without thresholds gets them first."""
+        """nnU-Net's validation of the network that users get; a best checkpoint without thresholds gets them first."""
         if not bool(self.recoseg.calibrated):
             self.calibrate()
         super().perform_actual_validation(save_probabilities)
         evaluate_validation(self)
 
     def calibrate(self) -> None:
-        """Choose the thresholds on the cases kept out of training, from their out-of-fold syntheses."""
+        """Choose the thresholds on the cases kept out of training, from their out-of-fold syntheses, and store them."""
         self.do_split()
         decision = self.config.decision
         sweep = ThresholdSweep(self.method, decision.candidates)
@@ -140,6 +140,7 @@ class ReCoSegTrainer(BaseTrainer):
         thresholds = sweep.best(decision.threshold)
         self.recoseg.thresholds.copy_(thresholds)
         self.recoseg.calibrated.fill_(True)
+        hand_to_best_checkpoint(self, ("thresholds", "calibrated"))
         chosen = ", ".join(f"{tau:.2f}" for tau in thresholds.tolist())
         self.print_to_log_file(f"Thresholds {chosen}, chosen on {len(self.calibration_cases)} case(s) not trained on.")
 

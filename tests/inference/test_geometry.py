@@ -117,7 +117,7 @@ class TestCorrected:
 def test_headers_are_those_of_the_image(tmp_path):
     write_volume(tmp_path / f"image{ENDING}", np.ones((3, 4, 5), np.float32), (0.5, 0.7, 2.0))
     values = np.random.default_rng(0).random((3, 4, 5)).astype(np.float32)
-    write_map(values, tmp_path / f"image{ENDING}", tmp_path / f"map{ENDING}")
+    write_map(values, [tmp_path / f"image{ENDING}"], tmp_path / f"map{ENDING}")
     image, written = (sitk.ReadImage(str(tmp_path / f"{name}{ENDING}")) for name in ("image", "map"))
     assert np.array_equal(read_volume(tmp_path / f"map{ENDING}"), values)
     for of in ("GetSpacing", "GetOrigin", "GetDirection", "GetSize"):

@@ -28,6 +28,7 @@ from nnunet_diffrefine.plans import merge, preset, shipped_settings
 from nnunet_diffrefine.settings_block import read_settings
 from nnunet_diffrefine.stage_one.store import dequantise, quantise
 from tests.builders import LABELS, REGIONS, SPACE, TinyDenoiser, generator
+from tests.methods.rediffinet_family import NESTED
 
 T, TARGET, CHANNELS, MAXIMUM = 50, 1, 3, 8.0
 ONE_CLASS = Foreground(("tumour",), exclusive=True)
@@ -278,6 +279,27 @@ def test_the_sweep_punishes_false_alarms_ignores_what_is_ignored_and_prefers_a_h
         sweep.add(one.logits(p), reference, valid)
         assert sweep.best(0.25).tolist() == pytest.approx([tau])
     assert ThresholdSweep(method_of(one), [0.4]).best(0.35).tolist() == pytest.approx([0.35])
+
+
+def test_a_region_stays_in_the_one_that_contains_it_whatever_the_thresholds():
+    logits = torch.randn(2, 2, *SPACE, generator=generator())
+    whole, core = torch.sigmoid(logits).unbind(1)
+    decided = NESTED.decide(method_of(NESTED).shifted(logits, torch.tensor([0.8, 0.2])))
+    wanted = torch.stack((whole > 0.8, (core > 0.2) & (whole > 0.8)), 1).float()
+    assert torch.equal(decided, wanted)
+    assert ((core > 0.2) & (whole < 0.8)).any()
+
+
+@pytest.mark.parametrize("foreground", [REGIONS, NESTED], ids=["free", "nested"])
+def test_the_sweep_judges_regions_as_they_are_decided(foreground: Foreground):
+    """By itself the whole tumour is best at 0.7 (Dice 8/9, 10/13 at 0.5), which would cut all of the core away."""
+    p = torch.tensor([[0.9] * 4 + [0.6] * 4, [0.1] * 4 + [0.9] + [0.1] * 3]).view(1, 2, 8)
+    reference = torch.tensor([[1.0] * 5 + [0.0] * 3, [0.0] * 4 + [1.0] + [0.0] * 3]).view(1, 2, 8)
+    sweep = ThresholdSweep(method_of(foreground), [0.5, 0.7])
+    sweep.add(foreground.logits(p), reference, torch.ones(1, 1, 8))
+    free = foreground is REGIONS
+    assert sweep.dice(torch.tensor([0.7, 0.5])).tolist() == pytest.approx([8 / 9, float(free)])
+    assert sweep.best(0.5).tolist() == pytest.approx([0.7 if free else 0.5, 0.5])
 
 
 def test_exclusive_classes_share_one_threshold():

@@ -5,19 +5,26 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
 from conftest import SMALL
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.run.run_training import get_trainer_from_args
+from nnunetv2.training.nnUNetTrainer import nnUNetTrainer as nnunet
 from validation_tables import assert_same_dice
 from workspace import CONFIGURATION, TINY, Workspace
 
 from nnunet_diffrefine.demo.phantom import write_dataset
+from nnunet_diffrefine.demo.small_plans import shrink
 from nnunet_diffrefine.training.trainer_calibration import held_out
 
 SYNTHESIS, RECOSEG = "ReCoSegSynthesisTrainer_tiny", "ReCoSegTrainer_tiny"
+SLICES, CPU = "nnUNetPlansSlices", torch.device("cpu")
 pytestmark = pytest.mark.nnunet
 
 
@@ -75,9 +82,19 @@ def test_scale_and_thresholds_are_kept_with_the_model_and_come_from_training_cas
     assert float(weights["scale"]) == pytest.approx(np.median(quantiles))
     (log,) = (run.model(RECOSEG) / "fold_0").glob("training_log_*.txt")
     assert "chosen on 1 case(s) not trained on" in log.read_text()
+    best = torch.load(run.model(RECOSEG) / "fold_0" / "checkpoint_best.pth", weights_only=False)["network_weights"]
+    for name in ("thresholds", "calibrated"):
+        assert torch.equal(best[name], weights[name])
     synthesis = torch.load(run.model(SYNTHESIS) / "fold_0" / "checkpoint_final.pth", weights_only=False)
     for name, value in synthesis["network_weights"].items():
         assert torch.equal(weights[f"synthesis.{name}"], value)
+
+
+def test_the_model_folder_says_which_region_lies_in_which(run):
+    plans = json.loads((run.model(RECOSEG) / "plans.json").read_text())
+    foreground = plans["configurations"][CONFIGURATION]["diffrefine"]["resolved"]["foreground"]
+    assert foreground["names"] == ["whole_tumor", "tumor_core", "enhancing_tumor"]
+    assert foreground["parents"] == [None, 0, 1]
 
 
 def test_a_finished_fold_is_evaluated(run):
@@ -114,3 +131,46 @@ def test_validating_and_exporting_again_read_the_checkpoint_and_draw_nothing(run
             "-device", "cpu")  # fmt: skip
     assert before == {file.name: file.stat().st_mtime_ns for file in folder.glob("*.b2nd")}
     assert len(before) == 6
+
+
+def write_plans_of_slices(run: Workspace) -> None:
+    """nnU-Net's 2d configuration, cut down, on the data preprocessed for 3D: the spacing is the same."""
+    plans = json.loads((run.preprocessed / "nnUNetPlans.json").read_text())
+    data = plans["configurations"][CONFIGURATION]["data_identifier"]
+    small = shrink(plans, SLICES, [4, 8], 4, [24, 24], kept="2d")
+    small["configurations"]["2d"]["data_identifier"] = data
+    (run.preprocessed / f"{SLICES}.json").write_text(json.dumps(small))
+
+
+def predicted(trainer, checkpoint: str, case: str, images) -> np.ndarray:
+    """A case by the model folder alone."""
+    predictor = nnUNetPredictor(device=CPU, allow_tqdm=False)
+    predictor.initialize_from_trained_model_folder(trainer.output_folder_base, (0,), checkpoint)
+    return predictor.predict_single_npy_array(*SimpleITKIO().read_images(sorted(images.glob(f"{case}_*.nii.gz"))))
+
+
+def test_both_trainings_run_in_2d_and_what_was_validated_is_what_is_predicted(run, monkeypatch):
+    """In this process; the best checkpoint, its thresholds taken away, is validated as by ``--val --val_best``."""
+    for name, value in {**run.env(), "nnUNet_n_proc_DA": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(nnunet, "default_num_processes", 1)
+    write_plans_of_slices(run)
+    for fold in (0, 1):
+        synthesis = get_trainer_from_args(run.dataset, "2d", fold, SYNTHESIS, SLICES, device=CPU)
+        synthesis.run_training()
+        synthesis.perform_actual_validation()
+    trainer = get_trainer_from_args(run.dataset, "2d", 0, RECOSEG, SLICES, device=CPU)
+    trainer.run_training()
+    best = Path(trainer.output_folder) / "checkpoint_best.pth"
+    checkpoint = torch.load(best, weights_only=False)
+    assert bool(checkpoint["network_weights"]["calibrated"])
+    checkpoint["network_weights"].update(calibrated=torch.tensor(False), thresholds=torch.tensor([0.1, 0.2, 0.3]))
+    torch.save(checkpoint, best)
+    trainer.load_checkpoint(str(best))
+    trainer.perform_actual_validation()
+    case = trainer.do_split()[1][0]
+    validated = sitk.GetArrayFromImage(sitk.ReadImage(str(best.parent / "validation" / f"{case}.nii.gz")))
+    np.testing.assert_array_equal(predicted(trainer, best.name, case, run.raw / "imagesTr"), validated)
+    kept = torch.load(best, weights_only=False)["network_weights"]
+    assert bool(kept["calibrated"])
+    assert torch.equal(kept["thresholds"], trainer.recoseg.thresholds)

@@ -203,6 +203,19 @@ def test_the_plans_alone_rebuild_the_network_and_take_the_folds_synthesis(traine
     assert built.axes == tuple(range(dimensions))
 
 
+def test_the_model_knows_which_region_lies_in_which(trained):
+    one, _ = trained
+    regions = {**TWO, "labels": {"background": 0, "core": [2], "whole": [1, 2]}, "regions_class_order": [2, 1]}
+    for folder in (preprocessed_dataset(DATASET), model_folder(DATASET, one)):
+        write_json(folder / "dataset.json", regions)
+    export(DATASET, one, device="cpu")
+    plans = prepare_recoseg("ReCoSegTrainer", plans_of(one.configuration), one.configuration, 0, regions).plans
+    kept = json.loads(json.dumps(plans))
+    built = build_recoseg(PlansManager(kept).get_configuration(one.configuration), 2, False)
+    assert built.method.foreground.names == ("core", "whole")
+    assert built.method.foreground.parents == (1, None)
+
+
 def test_the_scale_is_the_median_of_the_training_cases_quantiles(trained):
     one, _ = trained
     manifest = export(DATASET, one, device="cpu")
