@@ -4,7 +4,7 @@ python benchmarks/ensemble_error_map.py -gt labelsTs -s ENSEMBLE --folds FOLD_0 
     --applied APPLIED -djfile dataset.json
 
 ENSEMBLE and FOLD_k are nnUNetv2_predict --save_probabilities of all folds and of one each, APPLIED is
-nnUNetv2_diffrefine apply --save_error_map --save_uncertainty on ENSEMBLE. Compared in the region that apply refines:
+nnUNetv2_diffrefine apply --save_error_map [--save_uncertainty] on ENSEMBLE. Compared in the region that apply refines:
 the ensemble's own confidence, as it is and temperature-scaled; the spread of its folds; apply's error map, as it is;
 and the spread of the refiner's folds. What has to be fitted (scaled confidence, spreads) is fitted on every other case,
 so it has the advantage of this very data; apply's map has only seen the cross-validation. Label datasets.
@@ -60,8 +60,9 @@ def load(args: argparse.Namespace, name: str, ending: str, foreground: Foregroun
         "ensemble": 1 - p.max(0),
         "spread of the ensemble": folds.std(0).max(0),
         "apply's error map": read(args.applied / "error_map" / f"{name}{ending}"),
-        "spread of the refiner": read(args.applied / "uncertainty" / f"{name}{ending}"),
     }
+    if (args.applied / "uncertainty").is_dir():
+        maps["spread of the refiner"] = read(args.applied / "uncertainty" / f"{name}{ending}")
     return Case(wrong[region], {key: value[region] for key, value in maps.items()}, int(wrong[~region].sum()))
 
 
@@ -112,9 +113,10 @@ def main() -> None:
         "ensemble's confidence": raw["ensemble"],
         "the same, scaled on these cases": fitted(cases, "ensemble", logit),
         "spread of the ensemble's folds, fitted on these cases": fitted(cases, "spread of the ensemble", log),
-        "spread of the refiner's folds, fitted on these cases": fitted(cases, "spread of the refiner", log),
         "apply's error map": raw["apply's error map"],
     }
+    if "spread of the refiner" in raw:
+        table["spread of the refiner's folds, fitted on these cases"] = fitted(cases, "spread of the refiner", log)
     inside, outside = int(wrong.sum()), sum(case.outside for case in cases)
     print(f"{len(cases)} cases, {inside} of {inside + outside} wrong voxels in the region\n")
     print("| error map | log loss | Brier | AUROC | AUROC in doubt | calibration error |")

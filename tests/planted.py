@@ -49,7 +49,7 @@ ARCHITECTURE = {
 }  # fmt: skip
 
 CONFIGURATION = ConfigurationManager({"architecture": ARCHITECTURE})
-LESION, DRAWN = Foreground(("lesion",), exclusive=True), 1
+LESION, TARGET = Foreground(("lesion",), exclusive=True), 1
 """Of the planted channels: what is segmented, and the index of the channel that is synthesised."""
 
 
@@ -182,7 +182,7 @@ def trained_synthesis(images: Tensor, steps: int, seed: int = 0) -> SynthesisNet
     config = SynthesisConfig()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        record = ChannelRecord("T1ce", DRAWN, images.shape[1], config.maximum, to_dict(config))
+        record = ChannelRecord("T1ce", TARGET, images.shape[1], config.maximum, to_dict(config))
         network = build_synthesis(CONFIGURATION, record)
 
     def loss_of(rows: Tensor, g: torch.Generator) -> Tensor:
@@ -203,7 +203,7 @@ def trained_recoseg(
     synthesis: SynthesisNetwork, images: Tensor, parts: Tensor, lesions: Tensor, steps: int, seed: int = 0
 ) -> ReCoSegNetwork:
     """The segmentation with its preset, trained on images and stored parts as the trainer shows them."""
-    method = ReCoSeg(ReCoSegConfig(), LESION, DRAWN, images.shape[1], SynthesisConfig().maximum)
+    method = ReCoSeg(ReCoSegConfig(), LESION, TARGET, images.shape[1], SynthesisConfig().maximum)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         segmenter = planned_unet(CONFIGURATION, method.input_channels, LESION.heads, deep_supervision=False)
@@ -221,7 +221,7 @@ def trained_recoseg(
 
 def with_extra(method: ReCoSeg, images: Tensor, parts: Tensor) -> Tensor:
     """Images and their additional channel, (B, 4, *SPACE)."""
-    real = images[:, DRAWN : DRAWN + 1]
+    real = images[:, TARGET : TARGET + 1]
     drawn = [from_parts(*pair, method.maximum) for pair in zip(parts, real, strict=True)]
     return torch.cat((images, method.extra(torch.stack(drawn), real)), 1)
 

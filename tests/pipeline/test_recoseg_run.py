@@ -137,7 +137,7 @@ def write_plans_of_slices(run: Workspace) -> None:
     """nnU-Net's 2d configuration, cut down, on the data preprocessed for 3D: the spacing is the same."""
     plans = json.loads((run.preprocessed / "nnUNetPlans.json").read_text())
     data = plans["configurations"][CONFIGURATION]["data_identifier"]
-    small = shrink(plans, SLICES, [4, 8], 4, [24, 24], kept="2d")
+    small = shrink(plans, SLICES, [4, 8, 12], 4, [24, 24], kept="2d")
     small["configurations"]["2d"]["data_identifier"] = data
     (run.preprocessed / f"{SLICES}.json").write_text(json.dumps(small))
 
@@ -174,3 +174,4 @@ def test_both_trainings_run_in_2d_and_what_was_validated_is_what_is_predicted(ru
     kept = torch.load(best, weights_only=False)["network_weights"]
     assert bool(kept["calibrated"])
     assert torch.equal(kept["thresholds"], trainer.recoseg.thresholds)
+    assert all(bool(weights.isfinite().all()) for weights in kept.values())
