@@ -74,7 +74,8 @@ def _python(folder):
 
 def _clean_environment(folder):
     """As a user's shell has it: nothing points to the checkout, and scripts are those of the new environment."""
-    dropped = {"PYTHONPATH", "nnUNet_extTrainer", "VIRTUAL_ENV"}
+    folders = {"nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results", "nnUNet_extTrainer"}
+    dropped = {"PYTHONPATH", "VIRTUAL_ENV"} | folders
     kept = {name: value for name, value in os.environ.items() if name not in dropped}
     return {**kept, "PATH": f"{_scripts(folder)}{os.pathsep}{kept['PATH']}", "SHELL": "/bin/sh"}
 

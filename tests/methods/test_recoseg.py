@@ -281,6 +281,16 @@ def test_the_sweep_punishes_false_alarms_ignores_what_is_ignored_and_prefers_a_h
     assert ThresholdSweep(method_of(one), [0.4]).best(0.35).tolist() == pytest.approx([0.35])
 
 
+def test_the_dice_of_a_sweep_leaves_out_ignored_voxels_and_counts_an_empty_case_1_unless_there_is_a_false_alarm():
+    one, nothing = Foreground(("a",), exclusive=False), [0.0, 0.0, 0.0, 0.0]
+    cases = [([0.9, 0.9, 0.2, 0.9], [1.0, 0.0, 1.0, 1.0], 0.5), ([0.2] * 4, nothing, 1.0), ([0.9] * 4, nothing, 0.0)]
+    for p, reference, dice in cases:
+        sweep = ThresholdSweep(method_of(one), [0.5])
+        p, reference, valid = (torch.tensor(x).view(1, 1, 4) for x in (p, reference, [1.0, 1.0, 1.0, 0.0]))
+        sweep.add(one.logits(p), reference, valid)
+        assert sweep.dice(torch.tensor([0.5])).tolist() == [dice]
+
+
 def test_a_region_stays_in_the_one_that_contains_it_whatever_the_thresholds():
     logits = torch.randn(2, 2, *SPACE, generator=generator())
     whole, core = torch.sigmoid(logits).unbind(1)
