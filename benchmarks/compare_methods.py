@@ -1,8 +1,8 @@
 r"""Train every method for the same number of steps on the same out-of-fold priors, and write one table.
 
-python benchmarks/compare_methods.py -d 4 -p nnUNetPlansBench -f 0 --stage_one nnUNetTrainerAdam_bench2400 \
-    --steps 600 --jobs 2 -o docs/results/methods --set training.initial_weights=stage_one \
-    "bridge, surface loss=bridge:error.surface=0.5" "2d=nnUNetTrainerAdam_bench2400@nnUNetPlansBench2d@2d"
+python benchmarks/compare_methods.py "bridge, surface loss=bridge:error.surface=0.5" \
+    "2d=nnUNetTrainerAdam_bench2400@nnUNetPlansBench2d@2d" -d 4 -p nnUNetPlansBench -f 0 --steps 600 --jobs 2 \
+    --stage_one nnUNetTrainerAdam_bench2400 -o docs/results/methods --set training.initial_weights=stage_one
 
 Needs stage one trained with --npz on all folds and exported. Trains what is not trained yet (one process a system,
 ``OUT/logs``), measures the cost of each refiner (``OUT/cost``), scores, and writes ``OUT.md`` and ``OUT.json``. Run it
@@ -54,11 +54,6 @@ class System:
     refiner: bool = False
     start: Path | None = None
 
-    @property
-    def trainer(self) -> str:
-        """Class name."""
-        return self.model.split("@")[0]
-
 
 class Comparison:
     """The systems to compare and where each stands."""
@@ -88,8 +83,7 @@ class Comparison:
         method, _, changes = model.partition(":")
         if method in METHODS:
             return self._refiner(name, method, merge(common, parse_changes(changes.split(","))))
-        trainer, plans, configuration = [*model.split("@"), *(self.args.p, "3d_fullres")[model.count("@") :]]
-        return System(name, f"{trainer}@{plans}@{configuration}")
+        return System(name, "@".join(self.run.parts(model)))
 
     def _refiner(self, name: str, method: str, changes: dict) -> System:
         try:

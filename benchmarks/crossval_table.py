@@ -46,10 +46,13 @@ class CrossValidation:
         file = self.folder(model, fold) / "validation" / f"{case}.npz"
         return np.load(file)["probabilities"].astype(np.float32)
 
+    def parts(self, model: str) -> list[str]:
+        """Trainer, plans and configuration of TRAINER, TRAINER@PLANS or TRAINER@PLANS@CONFIGURATION."""
+        return [*model.split("@"), *(self.plans, "3d_fullres")[model.count("@") :]]
+
     def folder(self, model: str, fold: int) -> Path:
-        """Fold folder of TRAINER, TRAINER@PLANS or TRAINER@PLANS@CONFIGURATION."""
-        trainer, plans, configuration = [*model.split("@"), *(self.plans, "3d_fullres")[model.count("@") :]]
-        return self.results / f"{trainer}__{plans}__{configuration}" / f"fold_{fold}"
+        """Fold folder of a model."""
+        return self.results / "__".join(self.parts(model)) / f"fold_{fold}"
 
     def reference(self, case: str) -> tuple[np.ndarray, tuple[float, ...]]:
         """Reference masks (R, D, H, W) and spacing (z, y, x) in mm."""

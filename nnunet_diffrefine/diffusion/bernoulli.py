@@ -48,7 +48,7 @@ class BernoulliProcess(Process):
 
     def marginal(self, x0: Tensor, prior: Tensor, t: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """A draw x_t (B, R, *S) in {0, 1}; a soft ``x0`` is drawn from too."""
-        return _draw(_drift(x0, self._at(t)), generator)
+        return _draw(_drift(x0, at_times(self._a, t)), generator)
 
     def reverse(
         self,
@@ -65,7 +65,7 @@ class BernoulliProcess(Process):
 
     def ddim(self, x_t: Tensor, x0: Tensor, t: Tensor, s: Tensor) -> Tensor:
         """Probabilities of x_s (B, R, *S): x_t is kept with probability (1 - a_s) / (1 - a_t), x0 taken otherwise."""
-        keep = (1 - self._at(s)) / (1 - self._at(t))
+        keep = (1 - at_times(self._a, s)) / (1 - at_times(self._a, t))
         return per_sample(keep, x0) * x_t + per_sample(1 - keep, x0) * x0
 
     def posterior(self, x_t: Tensor, x0: Tensor, t: Tensor, s: Tensor) -> Tensor:
@@ -83,13 +83,10 @@ class BernoulliProcess(Process):
         return x0 * self._theta(x_t, one, t, s) + (1 - x0) * self._theta(x_t, zero, t, s)
 
     def _theta(self, x_t: Tensor, x0: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        a_t, a_s = self._at(t), self._at(s)
+        a_t, a_s = at_times(self._a, t), at_times(self._a, s)
         foreground = _drift(x_t, a_t / a_s) * _drift(x0, a_s)
         background = _drift(1 - x_t, a_t / a_s) * _drift(1 - x0, a_s)
         return foreground / (foreground + background)
-
-    def _at(self, t: Tensor) -> Tensor:
-        return at_times(self._a, t)
 
 
 def _drift(x: Tensor, a: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ class DeterministicBridge(Process):
 
     def marginal(self, x0: Tensor, prior: Tensor, t: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """x_t (B, R, *S): exactly ``x0`` at t = 0 and ``prior`` at t = T."""
-        return _mix(x0, prior, _at(self._a, t))
+        return _mix(x0, prior, at_times(self._a, t))
 
     def reverse(
         self,
@@ -71,7 +71,7 @@ class DeterministicBridge(Process):
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """x_s of the predicted ``x0``. ``x_t`` and ``t`` have no say: prior and x_0 fix every state between them."""
-        return _mix(x0, prior, _at(self._a, s))
+        return _mix(x0, prior, at_times(self._a, s))
 
 
 class DiscreteBridge(Process):
@@ -106,7 +106,7 @@ class DiscreteBridge(Process):
 
     def marginal(self, x0: Tensor, prior: Tensor, t: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """A draw x_t (B, R, *S) in {0, 1} from prior + a_t (x0 - prior); a soft ``x0`` is drawn from too."""
-        return self._draw(_mix(x0, prior, _at(self._a, t)), generator)
+        return self._draw(_mix(x0, prior, at_times(self._a, t)), generator)
 
     def reverse(
         self,
@@ -134,7 +134,7 @@ class DiscreteBridge(Process):
             t: times of ``x_t``, (B,) integers.
             s: times wanted, (B,) integers with 0 <= s < t. Not checked: that would wait for the GPU at every step.
         """
-        a_t, a_s = _at(self._a, t), _at(self._a, s)
+        a_t, a_s = at_times(self._a, t), at_times(self._a, s)
         state, clean, end = self._outcomes(x_t), self._outcomes(x0), self._outcomes(prior)
         end_of_x_t = (state * end).sum(1, keepdim=True)
         likelihood = _mix(state, end_of_x_t, a_t)  # q(x_t | x_0 = k)
@@ -159,10 +159,6 @@ class DiscreteBridge(Process):
         cumulative = p.cumsum(1)
         below = (u * cumulative[:, -1:].clamp(min=1) < cumulative).to(p.dtype)  # 0..0 1..1 along the classes
         return torch.diff(below, dim=1, prepend=torch.zeros_like(below[:, :1]))
-
-
-def _at(a: Tensor, t: Tensor) -> Tensor:
-    return at_times(a, t)
 
 
 def _mix(x: Tensor, prior: Tensor, a: Tensor) -> Tensor:
