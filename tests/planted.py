@@ -26,7 +26,7 @@ from nnunet_diffrefine.stage_one.manifest import ChannelRecord
 from nnunet_diffrefine.stage_one.residual import median_quantile, residual_quantiles
 from nnunet_diffrefine.training.optimisation import WarmupCosine
 from nnunet_diffrefine.training.recoseg_build import build_synthesis
-from nnunet_diffrefine.training.thresholds import ThresholdChoice
+from nnunet_diffrefine.training.trainer_calibration import flip_choice
 from tests.builders import generator, nnunet_loss, target_of
 
 SPACE = (10, 14, 16)
@@ -138,8 +138,9 @@ def calibrate(network: RefinementNetwork, cases: RefineBatch) -> None:
     """Thresholds of held-out cases, as the trainer chooses them."""
     foreground = network.foreground
     evidence = GivenPrior(network, evidence=True)(torch.cat((cases.image, cases.prior), 1))[:, -foreground.channels :]
-    choice = ThresholdChoice(network.method.decide, foreground)
-    for case in zip(evidence, cases.prior, cases.reference.bool(), cases.valid.bool(), strict=True):
+    choice = flip_choice(network.method, foreground)
+    voxels = torch.cat((evidence, cases.prior), 1)
+    for case in zip(voxels, cases.reference.bool(), cases.valid.bool(), strict=True):
         choice.add(*case)
     network.thresholds.copy_(torch.tensor(choice.best()).logit())
 

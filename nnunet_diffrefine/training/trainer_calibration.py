@@ -20,10 +20,17 @@ from nnunet_diffrefine.inference.volume import GivenPrior, references, volume_pr
 from nnunet_diffrefine.training.thresholds import ThresholdChoice
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from nnunet_diffrefine.batch import Foreground
+    from nnunet_diffrefine.networks.refinement import Refiner
     from nnunet_diffrefine.training.trainer import DiffRefineTrainer
     from nnunet_diffrefine.training.trainer_base import BaseTrainer
 
 SEED = 12345
+NEVER = 1.0
+CANDIDATES = (NEVER, 0.999, 0.995, 0.99, 0.98, 0.97, *(round(0.05 * k, 2) for k in range(19, 0, -1)))
+"""Probabilities from which on an error is mended, the most cautious first."""
 
 
 def held_out(cases: Sequence[str], share: float, fold: int) -> set[str]:
@@ -41,6 +48,16 @@ def held_out(cases: Sequence[str], share: float, fold: int) -> set[str]:
     return {str(case) for case in chosen}
 
 
+def flip_choice(method: Refiner, foreground: Foreground) -> ThresholdChoice:
+    """Choice of the thresholds for flips; its voxels (2R, *S) are the logits of the errors, then the prior."""
+
+    def decide(voxels: Tensor, thresholds: Tensor) -> Tensor:
+        evidence, prior = voxels.chunk(2, 1)
+        return foreground.decide(method.decide(evidence, prior, thresholds.logit()))
+
+    return ThresholdChoice(decide, foreground.channels, CANDIDATES)
+
+
 def calibrate(trainer: DiffRefineTrainer, cases: Sequence[str]) -> None:
     """Set the thresholds of the trainer's network from the held-out cases, and log them."""
     network, foreground = trainer.refinement, trainer.foreground
@@ -53,16 +70,16 @@ def calibrate(trainer: DiffRefineTrainer, cases: Sequence[str]) -> None:
         type(trainer).__name__,
         trainer.device,
     )
-    choice = ThresholdChoice(network.method.decide, foreground)
+    choice = flip_choice(network.method, foreground)
     for case in cases:
         stacked, segmentation, _, _ = data.load_case(case)
         x = whole(stacked)
         evidence = predictor.predict_sliding_window_return_logits(x)[-foreground.channels :].float().cpu()
         reference, valid = references(np.asarray(segmentation[:]), trainer.label_manager)
-        choice.add(evidence, x[-foreground.channels :], reference, valid)
+        choice.add(torch.cat((evidence, x[-foreground.channels :])), reference, valid)
     chosen = choice.best()
     network.thresholds.copy_(torch.tensor(chosen).logit())
-    before, after = (choice.dice(t) for t in ([1.0] * foreground.channels, chosen))
+    before, after = (choice.dice(t) for t in ([NEVER] * foreground.channels, chosen))
     for name, threshold, one, two in zip(foreground.names, chosen, before, after, strict=True):
         trainer.print_to_log_file(
             f"Threshold of '{name}' from {len(cases)} held-out cases: {threshold:g}; "

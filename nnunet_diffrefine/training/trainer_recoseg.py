@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,10 @@ from nnunet_diffrefine.data.residuals import ExtraChannelTransform
 from nnunet_diffrefine.inference.volume import volume_predictor
 from nnunet_diffrefine.methods.recoseg import ReCoSeg
 from nnunet_diffrefine.methods.recoseg_settings import ReCoSegConfig
-from nnunet_diffrefine.methods.threshold_sweep import ThresholdSweep
 from nnunet_diffrefine.networks.recoseg import ReCoSegNetwork, StoredChannelNetwork
 from nnunet_diffrefine.training.recoseg import prepare_recoseg
 from nnunet_diffrefine.training.recoseg_build import build_recoseg
+from nnunet_diffrefine.training.thresholds import ThresholdChoice
 from nnunet_diffrefine.training.trainer_base import BaseTrainer, network_weights
 from nnunet_diffrefine.training.trainer_calibration import hand_to_best_checkpoint, held_out
 from nnunet_diffrefine.training.trainer_evaluation import evaluate_validation
@@ -131,17 +132,18 @@ class ReCoSegTrainer(BaseTrainer):
         """Choose the thresholds on the cases kept out of training, from their out-of-fold syntheses, and store them."""
         self.do_split()
         decision = self.config.decision
-        sweep = ThresholdSweep(self.method, decision.candidates)
+        choice = threshold_choice(self.method, decision.candidates)
         predictor = self._predictor()
         for case in self.calibration_cases:
             stacked, target = self._whole_case(case)
-            logits = predictor.predict_sliding_window_return_logits(stacked).float().cpu()[None]
-            sweep.add(logits, *self.method.foreground.from_target(target[None]))
-        thresholds = sweep.best(decision.threshold)
-        self.recoseg.thresholds.copy_(thresholds)
+            logits = predictor.predict_sliding_window_return_logits(stacked).float().cpu()
+            reference, valid = self.method.foreground.from_target(target[None])
+            choice.add(logits, reference[0].bool(), valid[0].bool())
+        thresholds = choice.best() if choice.cases else [decision.threshold] * choice.channels
+        self.recoseg.thresholds.copy_(torch.tensor(thresholds))
         self.recoseg.calibrated.fill_(True)
         hand_to_best_checkpoint(self, ("thresholds", "calibrated"))
-        chosen = ", ".join(f"{tau:.2f}" for tau in thresholds.tolist())
+        chosen = ", ".join(f"{tau:.2f}" for tau in thresholds)
         self.print_to_log_file(f"Thresholds {chosen}, chosen on {len(self.calibration_cases)} case(s) not trained on.")
 
     def _predictor(self) -> nnUNetPredictor:
@@ -161,3 +163,17 @@ class ReCoSegTrainer(BaseTrainer):
         image, labels = torch.from_numpy(data[:]), torch.from_numpy(np.asarray(segmentation[:], np.int16))
         out = transforms(image=image, segmentation=labels)
         return out["image"], out["segmentation"]
+
+
+def threshold_choice(method: ReCoSeg, candidates: Sequence[float]) -> ThresholdChoice:
+    """Choice of the binarisation threshold (section 4.2) on logits (H, *S), of equals the nearest to 0.5.
+
+    Every region has its own; exclusive classes share one, because they compete.
+    """
+    foreground = method.foreground
+
+    def decide(logits: Tensor, thresholds: Tensor) -> Tensor:
+        return foreground.decide(method.shifted(logits, thresholds))
+
+    preferred = sorted(candidates, key=lambda tau: (abs(tau - 0.5), tau))
+    return ThresholdChoice(decide, foreground.channels, preferred, together=foreground.exclusive)

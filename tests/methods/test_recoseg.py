@@ -22,11 +22,12 @@ from nnunet_diffrefine.methods.recoseg import (
     to_parts,
 )
 from nnunet_diffrefine.methods.recoseg_settings import ReCoSegConfig, ResidualConfig, SynthesisConfig
-from nnunet_diffrefine.methods.threshold_sweep import ThresholdSweep
 from nnunet_diffrefine.networks.recoseg import ReCoSegNetwork, StoredChannelNetwork, SynthesisNetwork
 from nnunet_diffrefine.plans import merge, preset, shipped_settings
 from nnunet_diffrefine.settings_block import read_settings
 from nnunet_diffrefine.stage_one.store import dequantise, quantise
+from nnunet_diffrefine.training.thresholds import ThresholdChoice
+from nnunet_diffrefine.training.trainer_recoseg import threshold_choice
 from tests.builders import LABELS, REGIONS, SPACE, TinyDenoiser, generator
 from tests.methods.rediffinet_family import NESTED
 
@@ -258,13 +259,20 @@ def test_several_classes_still_exclude_each_other_and_a_half_changes_nothing():
     assert high.sum() < low.sum()
 
 
+def choice_on(
+    foreground: Foreground, candidates: list[float], logits: Tensor, reference: Tensor, valid: Tensor
+) -> ThresholdChoice:
+    choice = threshold_choice(method_of(foreground), candidates)
+    choice.add(logits[0], reference[0].bool(), valid[0].bool())
+    return choice
+
+
 def test_the_sweep_finds_each_regions_threshold():
     """The first region is right where p >= 0.3 (0.29 is a false alarm), the second where p >= 0.7."""
     p = torch.tensor([[0.29, 0.31, 0.45, 0.9], [0.2, 0.6, 0.69, 0.71]]).view(1, 2, 4)
     reference = torch.tensor([[0.0, 1, 1, 1], [0, 0, 0, 1]]).view(1, 2, 4)
-    sweep = ThresholdSweep(method_of(), [0.1, 0.3, 0.5, 0.7])
-    sweep.add(REGIONS.logits(p), reference, torch.ones(1, 1, 4))
-    assert sweep.best(0.5).tolist() == pytest.approx([0.3, 0.7])
+    sweep = choice_on(REGIONS, [0.1, 0.3, 0.5, 0.7], REGIONS.logits(p), reference, torch.ones(1, 1, 4))
+    assert sweep.best() == pytest.approx([0.3, 0.7])
 
 
 def test_the_sweep_punishes_false_alarms_ignores_what_is_ignored_and_prefers_a_half():
@@ -275,20 +283,17 @@ def test_the_sweep_punishes_false_alarms_ignores_what_is_ignored_and_prefers_a_h
         (nowhere, everywhere, 0.5),
         (everywhere, nowhere, 0.5),
     ):
-        sweep = ThresholdSweep(method_of(one), [0.3, 0.4, 0.5, 0.6])
-        sweep.add(one.logits(p), reference, valid)
-        assert sweep.best(0.25).tolist() == pytest.approx([tau])
-    assert ThresholdSweep(method_of(one), [0.4]).best(0.35).tolist() == pytest.approx([0.35])
+        sweep = choice_on(one, [0.3, 0.4, 0.5, 0.6], one.logits(p), reference, valid)
+        assert sweep.best() == pytest.approx([tau])
 
 
 def test_the_dice_of_a_sweep_leaves_out_ignored_voxels_and_counts_an_empty_case_1_unless_there_is_a_false_alarm():
     one, nothing = Foreground(("a",), exclusive=False), [0.0, 0.0, 0.0, 0.0]
     cases = [([0.9, 0.9, 0.2, 0.9], [1.0, 0.0, 1.0, 1.0], 0.5), ([0.2] * 4, nothing, 1.0), ([0.9] * 4, nothing, 0.0)]
     for p, reference, dice in cases:
-        sweep = ThresholdSweep(method_of(one), [0.5])
         p, reference, valid = (torch.tensor(x).view(1, 1, 4) for x in (p, reference, [1.0, 1.0, 1.0, 0.0]))
-        sweep.add(one.logits(p), reference, valid)
-        assert sweep.dice(torch.tensor([0.5])).tolist() == [dice]
+        sweep = choice_on(one, [0.5], one.logits(p), reference, valid)
+        assert sweep.dice([0.5]).tolist() == [dice]
 
 
 def test_a_region_stays_in_the_one_that_contains_it_whatever_the_thresholds():
@@ -305,19 +310,17 @@ def test_the_sweep_judges_regions_as_they_are_decided(foreground: Foreground):
     """By itself the whole tumour is best at 0.7 (Dice 8/9, 10/13 at 0.5), which would cut all of the core away."""
     p = torch.tensor([[0.9] * 4 + [0.6] * 4, [0.1] * 4 + [0.9] + [0.1] * 3]).view(1, 2, 8)
     reference = torch.tensor([[1.0] * 5 + [0.0] * 3, [0.0] * 4 + [1.0] + [0.0] * 3]).view(1, 2, 8)
-    sweep = ThresholdSweep(method_of(foreground), [0.5, 0.7])
-    sweep.add(foreground.logits(p), reference, torch.ones(1, 1, 8))
+    sweep = choice_on(foreground, [0.5, 0.7], foreground.logits(p), reference, torch.ones(1, 1, 8))
     free = foreground is REGIONS
-    assert sweep.dice(torch.tensor([0.7, 0.5])).tolist() == pytest.approx([8 / 9, float(free)])
-    assert sweep.best(0.5).tolist() == pytest.approx([0.7 if free else 0.5, 0.5])
+    assert sweep.dice([0.7, 0.5]).tolist() == pytest.approx([8 / 9, float(free)])
+    assert sweep.best() == pytest.approx([0.7 if free else 0.5, 0.5])
 
 
 def test_exclusive_classes_share_one_threshold():
     logits = torch.randn(1, 3, 40, generator=generator())
     labels = torch.randint(0, 3, (1, 1, 40), generator=generator())
-    sweep = ThresholdSweep(method_of(LABELS), [0.2, 0.4, 0.6])
-    sweep.add(logits, *LABELS.from_target(labels.float()))
-    assert len(set(sweep.best(0.5).tolist())) == 1
+    sweep = choice_on(LABELS, [0.2, 0.4, 0.6], logits, *LABELS.from_target(labels.float()))
+    assert len(set(sweep.best())) == 1
 
 
 # Network

@@ -9,7 +9,7 @@ import torch
 from nnunet_diffrefine.batch import Foreground
 from nnunet_diffrefine.inference.volume import NO_ERROR, GivenPrior
 from nnunet_diffrefine.training.thresholds import ThresholdChoice
-from nnunet_diffrefine.training.trainer_calibration import held_out, references
+from nnunet_diffrefine.training.trainer_calibration import CANDIDATES, flip_choice, held_out, references
 from tests.builders import LABELS, REGIONS, batch_of, generator, method_of, network_of
 from tests.methods.rediffinet_family import NESTED
 
@@ -36,9 +36,9 @@ class TestHeldOut:
 
 def choice_of(foreground: Foreground, *cases: tuple[torch.Tensor, ...]) -> ThresholdChoice:
     method = method_of(foreground, "discrepancy_unet", error=ERROR, process={"kind": "none"})
-    choice = ThresholdChoice(method.decide, foreground)
-    for case in cases:
-        choice.add(*case)
+    choice = flip_choice(method, foreground)
+    for evidence, prior, reference, valid in cases:
+        choice.add(torch.cat((evidence, prior)), reference, valid)
     return choice
 
 
@@ -75,9 +75,9 @@ class TestThresholds:
         evidence, prior, reference, valid = planted(foreground)
         evidence = evidence + torch.randn(evidence.shape, generator=generator(8))
         choice = choice_of(foreground, (evidence, prior, reference, valid))
-        for thresholds in ([0.5, 0.5], [0.9, 0.1], [1.0, 0.6], [1.0, 1.0]):
-            logits = choice.decide(evidence[None], prior[None], torch.tensor(thresholds).logit())
-            mask = foreground.decide(logits)[0] > 0
+        drawn = np.random.default_rng(3).choice(CANDIDATES, (30, 2)).tolist()
+        for thresholds in ([0.05, 0.05], [0.9, 0.1], [1.0, 0.05], [1.0, 1.0], *drawn):
+            mask = choice.decide(torch.cat((evidence, prior))[None], torch.tensor(thresholds))[0] > 0
             sizes = mask.flatten(1).sum(1) + reference.flatten(1).sum(1)
             wanted = 2 * (mask & reference).flatten(1).sum(1) / sizes
             assert choice.dice(thresholds) == pytest.approx(wanted.numpy())
