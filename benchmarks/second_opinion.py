@@ -1,7 +1,7 @@
 r"""What a second plain network would say about stage one's errors, beside the refiner's error map.
 
-python benchmarks/second_opinion.py -d 4 -p nnUNetPlansSmall -tr DiffRefineTrainer_bench1200 \
-    --second nnUNetTrainer_bench1200_second
+python benchmarks/second_opinion.py -d 4 -p nnUNetPlansSmallRandom -tr DiffRefineTrainer_bench1200 \
+    --second nnUNetTrainer_bench1200_second@nnUNetPlansSmall
 
 The spread of stage one's fold ensemble cannot be measured out-of-fold: the other folds trained on the case. A second
 stage one of the same fold, trained with another seed (nnUNetv2_train ... --npz), has not seen it either, so its spread
@@ -38,7 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for flag, default in (("-d", None), ("-p", "nnUNetPlans"), ("-c", "3d_fullres"), ("-tr", "DiffRefineTrainer")):
         parser.add_argument(flag, default=default, required=default is None)
-    parser.add_argument("--second", required=True, help="trainer of the second stage one")
+    parser.add_argument("--second", required=True, metavar="TRAINER[@PLANS]", help="second stage one")
     args = parser.parse_args()
     dataset, refiner = maybe_convert_to_dataset_name(args.d), StageOneId(args.tr, args.p, args.c)
     folder = model_folder(dataset, refiner)
@@ -49,7 +49,8 @@ def main() -> None:
     if record is None:
         raise SystemExit("Calibrate first.")
     store = PriorStore(export_folder(dataset, StageOneId(one["trainer"], one["plans"], one["configuration"])))
-    second = StageOneId(args.second, args.p, args.c)
+    trainer, _, plans_name = args.second.partition("@")
+    second = StageOneId(trainer, plans_name or args.p, args.c)
     settings = RegionSettings(**record.region)
     assert asdict(settings) == record.region
     cases = []

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from nnunet_diffrefine.calibration.record import Record
 from nnunet_diffrefine.config import BLOCK
+from nnunet_diffrefine.methods import METHODS
 from nnunet_diffrefine.methods.composition import ComposedMethod
 from nnunet_diffrefine.networks.refinement import RefinementNetwork
 from nnunet_diffrefine.paths import StageOneId, model_folder
@@ -128,6 +129,8 @@ def with_sampling(plans: dict[str, Any], configuration: str, sampling: Mapping[s
         ConfigError: the plans are not those of a trained refiner.
     """
     settings = PlansManager(plans).get_configuration(configuration).configuration
+    if (method := settings.get(BLOCK, {}).get("method", "bridge")) not in METHODS:
+        raise ConfigError(f"These plans (-p) are of a model of '{method}', which takes no predictions to refine.")
     read_block(settings)
     block = deepcopy(settings[BLOCK])
     given = {key: value for key, value in sampling.items() if value is not None}

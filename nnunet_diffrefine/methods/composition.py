@@ -204,9 +204,10 @@ class ComposedMethod(AbstractRefineMethod):
 
     @property
     def seeds(self) -> int:
-        """K; a process without randomness has nothing to average."""
-        deterministic = self.config.process.kind == "bridge" and self.config.process.state == "deterministic"
-        return 1 if deterministic else self.config.sampling.samples
+        """K; without a process, or with one without randomness, there is nothing to average."""
+        process = self.config.process
+        random = process.kind != "none" and (process.kind, process.state) != ("bridge", "deterministic")
+        return self.config.sampling.samples if random else 1
 
     def decide(self, evidence: Tensor, prior: Tensor, thresholds: Tensor) -> Tensor:
         """As the error target says."""

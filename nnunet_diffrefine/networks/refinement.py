@@ -2,7 +2,7 @@
 
 Because stage one's weights are part of the state dict, a model folder is self-contained: ``nnUNetv2_predict``, model
 zips, ensembling and model selection work unchanged. Stage one is averaged over its mirrored copies *inside* the
-network and refined once, instead of nnU-Net mirroring the whole module eight times.
+network and its prior refined in a few of them, instead of nnU-Net mirroring the whole module eight times.
 """
 
 from __future__ import annotations

@@ -132,6 +132,13 @@ class TestFolder:
         with pytest.raises(ConfigError, match="do not belong to a trained refiner"):
             load()
 
+    def test_plans_of_a_method_that_takes_no_predictions(self, folder):
+        plans = resolved_plans()
+        plans["configurations"]["3d_fullres"]["diffrefine"] = {"method": "recoseg", "keep_target": True}
+        (folder / "plans.json").write_text(json.dumps(plans))
+        with pytest.raises(ConfigError, match="'recoseg', which takes no predictions"):
+            load_model(DATASET, IDENTITY, [0], "checkpoint_final.pth", {}, CPU)
+
 
 class TestSampling:
     def test_given_settings_replace_the_models_own(self):

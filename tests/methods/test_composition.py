@@ -193,6 +193,7 @@ class TestSeedsAndSteps:
 
     def test_a_state_without_randomness_is_sampled_once(self) -> None:
         assert composed(LABELS, sampling={"samples": 5}).seeds == 1
+        assert composed(LABELS, process={"kind": "none"}, sampling={"samples": 5}).seeds == 1
         assert composed(LABELS, process=PROCESSES["discrete bridge"], sampling={"samples": 5}).seeds == 5
 
     def test_without_a_process_there_is_one_pass_without_state(self) -> None:
