@@ -20,7 +20,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor, nn
 
 from nnunet_diffrefine.calibration.record import Record
-from nnunet_diffrefine.config import BLOCK
+from nnunet_diffrefine.config import BLOCK, ConfigError
 from nnunet_diffrefine.methods import METHODS
 from nnunet_diffrefine.methods.composition import ComposedMethod
 from nnunet_diffrefine.networks.refinement import RefinementNetwork
