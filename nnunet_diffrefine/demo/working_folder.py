@@ -83,17 +83,18 @@ class WorkingFolder:
         small = shrink(plans, self.plans, features, 2, patch)
         if refiner:
             small["configurations"][CONFIGURATION][BLOCK] = refiner
-        _write_json(self.preprocessed / f"{self.plans}.json", small)
+        write_json(self.preprocessed / f"{self.plans}.json", small)
         data = self.preprocessed / configuration["data_identifier"]
         cases = sorted(f.name.removesuffix("_seg.b2nd") for f in data.glob("*_seg.b2nd"))
         if len(cases) < folds:
             raise RuntimeError(f"{self.dataset} has {len(cases)} training cases; {folds} folds need at least {folds}.")
         held_out = [cases[k::folds] for k in range(folds)]
         splits = [{"train": sorted(set(cases) - set(val)), "val": val} for val in held_out]
-        _write_json(self.preprocessed / SPLITS, splits)
+        write_json(self.preprocessed / SPLITS, splits)
 
 
-def _write_json(file: Path, content: object) -> None:
+def write_json(file: Path, content: object) -> None:
+    """Write a file atomically."""
     temporary = file.with_suffix(".tmp")
     temporary.write_text(json.dumps(content, indent=2))
     os.replace(temporary, file)
