@@ -20,9 +20,6 @@ from torch import Tensor
 
 from nnunet_diffrefine.batch import Foreground
 
-SUMS = ("overlap", "decided", "reference", "soft", "soft_overlap")
-"""Rows of :attr:`CaseVoxels.outside`, with m the prior's decision, x_0 the reference and p the prior: sums of m x_0,
-m, x_0, p and p m."""
 LEVELS = 255
 
 
@@ -36,7 +33,8 @@ class CaseVoxels:
         refined: refined logits (R, N), of exclusive classes relative to the background; half precision.
         prior: stage one's probabilities (R, N) in 255 levels, as they are stored.
         reference: bool, (R, N).
-        outside: sums over the valid voxels outside of the region, (5, R).
+        outside: sums over the valid voxels outside of the region, (5, R): with m the prior's decision, x_0 the
+            reference and p the prior, those of m x_0, m, x_0, p and p m.
         outside_errors: number of valid voxels there at which the prior is wrong.
     """
 

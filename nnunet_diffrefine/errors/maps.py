@@ -1,8 +1,9 @@
-"""The error between a prior and the reference, in three forms, each with the way back.
+"""The error between a prior and the reference, signed or absolute.
 
-Wherever ``valid`` is 1, applying the error of a prior to that prior gives back the reference, exactly. Where it is 0
-(ignore label) there is no error, and applying it keeps the prior. Shapes are those of
-:mod:`nnunet_diffrefine.batch`: foreground channels (B, R, *S), ``valid`` (B, 1, *S) in {0, 1}.
+Wherever ``valid`` is 1, prior + signed error and, of a hard prior, prior xor absolute error are the reference, exactly.
+Where it is 0 (ignore label) there is no error. Shapes are those of :mod:`nnunet_diffrefine.batch`: foreground channels
+(B, R, *S), ``valid`` (B, 1, *S) in {0, 1}. The way back from predicted errors is in
+:mod:`nnunet_diffrefine.errors.targets`.
 
 Channels are corrected one by one, which can take a region out of the one it has to lie in (BraTS: enhancing tumour in
 tumour core in whole tumour). A nesting is a tuple ``parents``: for each region channel, in the dataset's own order, the
@@ -16,20 +17,11 @@ References:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from enum import IntEnum
 
 import torch
 from torch import Tensor
 
 Parents = tuple[int | None, ...]
-
-
-class ThreeWay(IntEnum):
-    """Class indices of the three-way error of a channel."""
-
-    REMOVE = 0
-    KEEP = 1
-    ADD = 2
 
 
 def signed_error(reference: Tensor, prior: Tensor, valid: Tensor) -> Tensor:
@@ -45,14 +37,6 @@ def signed_error(reference: Tensor, prior: Tensor, valid: Tensor) -> Tensor:
     return (reference - prior) * valid
 
 
-def apply_signed(prior: Tensor, error: Tensor) -> Tensor:
-    """Prior plus E, clamped to [0, 1], (B, R, *S); exact in float32 for true errors of any prior.
-
-    A loss on the corrected mask wants ``prior + error`` itself: the clamp has no gradient outside [0, 1].
-    """
-    return (prior + error).clamp(0, 1)
-
-
 def absolute_error(reference: Tensor, hard_prior: Tensor, valid: Tensor) -> Tensor:
     """|reference - prior| in {0, 1}, (B, R, *S): the voxels to flip.
 
@@ -66,41 +50,13 @@ def absolute_error(reference: Tensor, hard_prior: Tensor, valid: Tensor) -> Tens
     Raises:
         ValueError: ``hard_prior`` has values other than 0 and 1.
     """
-    _require_hard("hard_prior", hard_prior)
+    soft = hard_prior[(hard_prior != 0) & (hard_prior != 1)]
+    if soft.numel():
+        raise ValueError(
+            f"hard_prior has {soft.numel()} values other than 0 and 1, e.g. {soft[0].item():.4g}; it must be a hard "
+            "mask. Decide probabilities first (Foreground.decide), or use signed_error, which takes soft priors."
+        )
     return (reference - hard_prior).abs() * valid
-
-
-def apply_absolute(hard_prior: Tensor, error: Tensor) -> Tensor:
-    """Exclusive or of ``hard_prior`` and ``error``, both {0, 1}, (B, R, *S).
-
-    Channels flip one by one: classes may come to overlap, and regions to leave their parents.
-
-    Raises:
-        ValueError: an argument has values other than 0 and 1.
-    """
-    _require_hard("hard_prior", hard_prior)
-    _require_hard("error", error)
-    return (hard_prior - error).abs()
-
-
-def three_way_error(reference: Tensor, hard_prior: Tensor, valid: Tensor) -> Tensor:
-    """Class index of :class:`ThreeWay` per voxel and channel, (B, R, *S) int64; KEEP where not valid.
-
-    Args:
-        reference: {0, 1}, (B, R, *S).
-        hard_prior: {0, 1}, (B, R, *S).
-        valid: {0, 1}, (B, 1, *S).
-
-    Raises:
-        ValueError: ``hard_prior`` has values other than 0 and 1.
-    """
-    _require_hard("hard_prior", hard_prior)
-    return signed_error(reference, hard_prior, valid).long() + ThreeWay.KEEP
-
-
-def apply_three_way(hard_prior: Tensor, error: Tensor) -> Tensor:
-    """0 where ``error`` says REMOVE, 1 where it says ADD, ``hard_prior`` elsewhere; (B, R, *S)."""
-    return hard_prior.masked_fill(error == ThreeWay.REMOVE, 0).masked_fill(error == ThreeWay.ADD, 1)
 
 
 def nesting_from_labels(regions: Sequence[int | Sequence[int]]) -> Parents:
@@ -137,15 +93,6 @@ def enforce_nesting(regions: Tensor, parents: Parents) -> Tensor:
         if further == ancestors:
             return regions
         ancestors = further
-
-
-def _require_hard(name: str, mask: Tensor) -> None:
-    soft = mask[(mask != 0) & (mask != 1)]
-    if soft.numel():
-        raise ValueError(
-            f"{name} has {soft.numel()} values other than 0 and 1, e.g. {soft[0].item():.4g}; it must be a hard mask. "
-            "Decide probabilities first (Foreground.decide), or use signed_error, which takes soft priors."
-        )
 
 
 def _checked(parents: Parents, channels: int) -> list[int]:

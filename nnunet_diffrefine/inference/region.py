@@ -1,7 +1,7 @@
 """Where a prior can be wrong: around its surface, where it is in doubt, and where a low threshold sees candidates.
 
-Only these voxels are refined; everything else is copied. How many of the true errors lie among them is measured with
-:func:`recall`, on out-of-fold priors.
+Only these voxels are refined; everything else is copied. How many of the true errors lie among them is measured by
+``calibrate``, on out-of-fold priors.
 """
 
 from __future__ import annotations
@@ -98,17 +98,3 @@ def dilated(mask: Tensor, margin: int) -> Tensor:
     for axis in range(grown.ndim):
         grown = maximum_filter1d(grown, 2 * margin + 1, axis, mode="constant")
     return torch.from_numpy(grown) > 0
-
-
-def recall(region: Tensor, prior: Tensor, reference: Tensor, valid: Tensor, foreground: Foreground) -> tuple[int, int]:
-    """Numbers of the prior's wrong voxels that lie in a region, and of all of them.
-
-    Args:
-        region: bool (D, H, W).
-        prior: probabilities (R, D, H, W).
-        reference: {0, 1}, (R, D, H, W).
-        valid: bool (D, H, W); False under the ignore label.
-        foreground: meaning of the R channels.
-    """
-    wrong = (hard_channels(prior, foreground) != reference).any(0) & valid
-    return int((wrong & region).sum()), int(wrong.sum())

@@ -6,8 +6,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from nnunet_diffrefine.batch import Foreground
-from nnunet_diffrefine.errors import augment_prior
-from nnunet_diffrefine.errors.augmentation import remove_component, resize
+from nnunet_diffrefine.errors.augmentation import augment_prior, remove_component, resize
 from tests.builders import LABELS, REGIONS, generator
 
 ONE = Foreground(("organ",), exclusive=False)

@@ -1,21 +1,11 @@
-"""Error maps lead back to the reference; nesting holds whatever the channel order."""
+"""A prior and its error map are the reference; nesting holds whatever the channel order."""
 
 import pytest
 import torch
 from torch import Tensor
 
 from nnunet_diffrefine.batch import Foreground
-from nnunet_diffrefine.errors import (
-    ThreeWay,
-    absolute_error,
-    apply_absolute,
-    apply_signed,
-    apply_three_way,
-    enforce_nesting,
-    nesting_from_labels,
-    signed_error,
-    three_way_error,
-)
+from nnunet_diffrefine.errors.maps import absolute_error, enforce_nesting, nesting_from_labels, signed_error
 
 SHAPE = (2, 1, 9, 10, 11)
 REGIONS = ((1, 2, 3), (2, 3), (3,))
@@ -60,7 +50,6 @@ def test_signed_error_of_a_quantised_prior_is_conserved_exactly(foreground: Fore
     error = signed_error(reference, prior, valid)
     assert error.abs().max() <= 1
     assert torch.equal(prior + error, wanted(reference, prior, valid))
-    assert torch.equal(apply_signed(prior, error), wanted(reference, prior, valid))
     assert (error * (1 - valid)).abs().max() == 0
 
 
@@ -75,7 +64,6 @@ def test_signed_error_is_conserved_for_every_byte_and_any_float() -> None:
 def test_signed_error_says_what_is_missing_and_what_is_too_much() -> None:
     reference, prior = torch.tensor([[[1.0, 0.0, 1.0]]]), torch.tensor([[[0.25, 0.25, 1.0]]])
     assert signed_error(reference, prior, torch.ones(1, 1, 3)).tolist() == [[[0.75, -0.25, 0.0]]]
-    assert apply_signed(prior, torch.tensor([[[2.0, -2.0, 0.0]]])).tolist() == [[[1.0, 0.0, 1.0]]]
 
 
 @each_dataset
@@ -83,26 +71,15 @@ def test_absolute_error_is_exclusive_or(foreground: Foreground) -> None:
     reference, prior, valid = case(foreground)
     error = absolute_error(reference, prior, valid)
     assert torch.equal(error.bool(), (reference.bool() ^ prior.bool()) & valid.bool())
-    assert torch.equal(apply_absolute(prior, error), wanted(reference, prior, valid))
-    assert torch.equal(apply_absolute(apply_absolute(prior, error), error), prior)
+    flipped = (prior.bool() ^ error.bool()).float()
+    assert torch.equal(flipped, wanted(reference, prior, valid))
 
 
 @each_dataset
-def test_three_way_error_is_conserved_and_agrees_with_the_others(foreground: Foreground) -> None:
-    reference, prior, valid = case(foreground)
-    error = three_way_error(reference, prior, valid)
-    assert error.dtype == torch.int64
-    assert torch.equal(apply_three_way(prior, error), wanted(reference, prior, valid))
-    assert torch.equal(error - 1, signed_error(reference, prior, valid).long())
-    assert torch.equal((error != ThreeWay.KEEP).float(), absolute_error(reference, prior, valid))
-
-
-def test_three_way_indices() -> None:
-    reference, prior = torch.tensor([[[0.0, 0.0, 1.0, 1.0]]]), torch.tensor([[[1.0, 0.0, 1.0, 0.0]]])
-    error = three_way_error(reference, prior, torch.ones(1, 1, 4))
-    assert error.tolist() == [[[ThreeWay.REMOVE, ThreeWay.KEEP, ThreeWay.KEEP, ThreeWay.ADD]]] == [[[0, 1, 1, 2]]]
-    # Removing what is absent and adding what is present change nothing.
-    assert apply_three_way(prior, torch.tensor([[[2, 0, 2, 0]]])).tolist() == prior.tolist()
+def test_errors_of_a_hard_prior_agree(foreground: Foreground) -> None:
+    signed, absolute = (error(*case(foreground)) for error in (signed_error, absolute_error))
+    assert set(signed.unique().tolist()) == {-1, 0, 1}
+    assert torch.equal(signed.abs(), absolute)
 
 
 @each_dataset
@@ -110,16 +87,12 @@ def test_a_perfect_prior_has_no_error(foreground: Foreground) -> None:
     reference, _, valid = case(foreground)
     assert signed_error(reference, reference, valid).abs().max() == 0
     assert absolute_error(reference, reference, valid).max() == 0
-    assert (three_way_error(reference, reference, valid) == ThreeWay.KEEP).all()
 
 
 def test_soft_priors_are_refused_where_a_mask_is_needed() -> None:
     reference, soft, valid = torch.ones(1, 2, 3), torch.full((1, 2, 3), 0.7), torch.ones(1, 1, 3)
-    for function in (absolute_error, three_way_error):
-        with pytest.raises(ValueError, match=r"hard_prior has 6 values other than 0 and 1, e.g. 0.7"):
-            function(reference, soft, valid)
-    with pytest.raises(ValueError, match="error has 6 values"):
-        apply_absolute(reference, soft)
+    with pytest.raises(ValueError, match=r"hard_prior has 6 values other than 0 and 1, e.g. 0.7"):
+        absolute_error(reference, soft, valid)
 
 
 # Nesting

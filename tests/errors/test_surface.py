@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from nnunet_diffrefine.batch import Foreground
-from nnunet_diffrefine.errors import surface_distance, surface_loss
+from nnunet_diffrefine.errors.surface import surface_distance, surface_loss
 from tests.builders import LABELS, REGIONS, generator, label_maps, target_of, with_ignore
 
 ONE = Foreground(("organ",), exclusive=False)

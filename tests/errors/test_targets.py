@@ -227,10 +227,16 @@ class TestReadings:
 
     @BOTH
     @ERRORS
-    def test_the_decision_of_the_true_error_is_the_reference(self, foreground: Foreground, target: str) -> None:
+    @pytest.mark.parametrize("ignore", [False, True], ids=["all valid", "with ignore"])
+    def test_the_decision_of_the_true_error_is_the_reference(
+        self, foreground: Foreground, target: str, ignore: bool
+    ) -> None:
+        """Stage one's mask and its error map are the reference; under the ignore label the mask stays."""
+        foreground = with_ignore(foreground) if ignore else foreground
         error, batch = target_of(target, foreground), batch_of(foreground)
         evidence = error.evidence(error.clean(batch), batch.prior)
-        assert torch.equal(foreground.decide(error.decide(evidence, batch.prior, torch.zeros(2))), batch.reference)
+        wanted = torch.where(batch.valid > 0, batch.reference, error.hard(batch.prior))
+        assert torch.equal(foreground.decide(error.decide(evidence, batch.prior, torch.zeros(2))), wanted)
         nothing = error.evidence(error.anchor(batch.prior), batch.prior)
         assert torch.equal(
             foreground.decide(error.decide(nothing, batch.prior, torch.zeros(2))), error.hard(batch.prior)

@@ -5,7 +5,8 @@ import pytest
 import torch
 from scipy.ndimage import distance_transform_cdt
 
-from nnunet_diffrefine.inference.region import RegionSettings, doubtful_region, entropy, recall, surface_band
+from nnunet_diffrefine.calibration.voxels import gather
+from nnunet_diffrefine.inference.region import RegionSettings, doubtful_region, entropy, surface_band
 from tests.builders import LABELS, REGIONS
 
 BOTH = pytest.mark.parametrize("foreground", [LABELS, REGIONS], ids=["labels", "regions"])
@@ -84,6 +85,17 @@ class TestParts:
 
 
 class TestRecall:
+    @staticmethod
+    def counts(region, prior, reference, valid, foreground):
+        """Numbers of wrong voxels in the region and altogether, as calibration counts them."""
+        volumes = {
+            "logits": foreground.logits(prior[None])[0], "prior": prior, "region": region,
+            "reference": reference > 0, "valid": valid,
+        }  # fmt: skip
+        case = gather("case", 0, foreground, volumes)
+        found = int(case.errors(foreground).sum())
+        return found, found + case.outside_errors
+
     @BOTH
     def test_counts_wrong_voxels_inside_and_altogether(self, foreground):
         """The reference is a larger ball: errors form a shell, two voxels thick along the axes."""
@@ -91,17 +103,18 @@ class TestRecall:
         everything = ball(6) & ~ball(4)
         for margin in (1, 3):
             region = surface_band(ball(4), margin)
-            found, total = recall(region, prior, truth, torch.ones(SHAPE) > 0, foreground)
+            found, total = self.counts(region, prior, truth, torch.ones(SHAPE) > 0, foreground)
             assert total == everything.sum()
             assert found == (everything & region).sum()
         assert found == total
 
     def test_ignored_voxels_do_not_count(self):
         valid = ~ball(9)
-        assert recall(ball(9), prior_of(ball(4)), prior_of(ball(6)), valid, LABELS) == (0, 0)
+        assert self.counts(ball(9), prior_of(ball(4)), prior_of(ball(6)), valid, LABELS) == (0, 0)
 
     def test_a_wrong_class_is_one_error(self):
         mask = ball(4)
         swapped = prior_of(mask).flip(0)
-        found, total = recall(mask, prior_of(mask), swapped, torch.ones(SHAPE) > 0, LABELS)
-        assert (found, total) == (mask.sum(), mask.sum())
+        for region, inside in ((mask, mask.sum()), (~mask, 0)):
+            counts = self.counts(region, prior_of(mask), swapped, torch.ones(SHAPE) > 0, LABELS)
+            assert counts == (inside, mask.sum())
