@@ -1,4 +1,4 @@
-"""Who may import whom, read from the source: layers, the seams to nnU-Net, declared dependencies, module sizes."""
+"""Who may import whom, read from the source: layers, the seams to nnU-Net, declared dependencies, sizes."""
 
 import ast
 import re
@@ -123,6 +123,19 @@ def test_a_shim_holds_one_import_and_is_named_after_it(file):
 @pytest.mark.parametrize("file", MODULES, ids=lambda file: file.relative_to(PACKAGE).as_posix())
 def test_modules_stay_below_300_lines(file):
     assert len(file.read_text().splitlines()) < 300
+
+
+@pytest.mark.parametrize("file", MODULES, ids=lambda file: file.relative_to(PACKAGE).as_posix())
+def test_functions_stay_below_30_lines(file):
+    """Of their body; signature and docstring do not count."""
+    functions = [n for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.FunctionDef)]
+    lengths = {f"{function.name}, line {function.lineno}": _body_lines(function) for function in functions}
+    assert {name: lines for name, lines in lengths.items() if lines >= 30} == {}
+
+
+def _body_lines(function):
+    body = function.body[1:] if ast.get_docstring(function) is not None else function.body
+    return body[-1].end_lineno - body[0].lineno + 1 if body else 0
 
 
 def test_ci_runs_the_test_command_of_the_readme():
