@@ -19,7 +19,7 @@ from nnunet_diffrefine.calibration.decisions import (
 from nnunet_diffrefine.calibration.measure import SCALED, measure
 from nnunet_diffrefine.calibration.voxels import CaseVoxels, dice, gather, load, save
 from nnunet_diffrefine.networks.gate import Gate
-from tests.builders import IGNORE, LABELS, REGIONS, batch_of, generator, with_ignore
+from tests.builders import LABELS, REGIONS, batch_of, generator, with_ignore
 
 BOTH = pytest.mark.parametrize("foreground", [LABELS, REGIONS], ids=["labels", "regions"])
 NESTED = replace(REGIONS, parents=(None, 0))
@@ -65,7 +65,6 @@ class TestVoxels:
             assert found == pytest.approx(wanted.numpy(), abs=1e-6)
         wrong = ((foreground.decide(before[None]) != batch.reference).any(1) & valid[None, 0]).sum()
         assert int(kept.errors(foreground).sum()) + kept.outside_errors == wrong
-        assert foreground.ignore_label in (None, IGNORE)
 
     def test_regions_are_judged_by_the_label_map_that_is_exported(self):
         """Three of the four voxels of the whole are decided as core only; the label map puts them into the whole."""
