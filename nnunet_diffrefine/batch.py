@@ -21,7 +21,8 @@ class Foreground:
         names: name of each class or region, in nnU-Net's channel order.
         exclusive: True for label datasets (softmax with background), False for region datasets (sigmoid).
         ignore_label: value of the ignore label in label maps, or None.
-        parents: for each region the index of the smallest region that contains it, or None; empty for labels.
+        parents: for each region the index of the smallest region that contains it, or None; empty for labels
+            and where it is not known.
     """
 
     names: tuple[str, ...]
@@ -64,13 +65,40 @@ class Foreground:
     def decide(self, logits: Tensor) -> Tensor:
         """Hard foreground channels (B, R, *S) in {0, 1} of logits (B, H, *S), as nnU-Net decides them.
 
-        One decision for exclusive classes (arg max over all heads), one per region otherwise.
+        One decision for exclusive classes (arg max over all heads), one per region otherwise: regions may leave their
+        parents, which :meth:`exported` mends as nnU-Net's label map does.
         """
         if not self.exclusive:
             return (logits > 0).float()
         winner = logits.argmax(1, keepdim=True)
         classes = torch.arange(1, self.heads, device=logits.device).view(1, -1, *([1] * (logits.ndim - 2)))
         return (winner == classes).float()
+
+    def ancestors(self, region: int) -> list[int]:
+        """The regions that contain a region, its parent first; empty where ``parents`` is."""
+        found: list[int] = []
+        parent = self.parents[region] if self.parents else None
+        while parent is not None:
+            found.append(parent)
+            parent = self.parents[parent]
+        return found
+
+    def exported(self, decided: Tensor) -> Tensor:
+        """Channels of the label map that nnU-Net writes for decided channels, both (B, R, *S) in {0, 1}.
+
+        nnU-Net writes regions one over the other in their order, so of those decided at a voxel the last one counts,
+        and the voxel is in it and in its ancestors. Exact where the label that ``regions_class_order`` gives a region
+        lies in these regions only. Exclusive classes, and regions whose ``parents`` are not known, stay as they are.
+        """
+        if not self.parents:
+            return decided
+        written = torch.zeros_like(decided)
+        for region in range(self.channels):
+            inside = decided.new_zeros(self.channels)
+            inside[[region, *self.ancestors(region)]] = 1
+            here = decided[:, region : region + 1] > 0
+            written = torch.where(here, inside.view(1, -1, *([1] * (decided.ndim - 2))), written)
+        return written
 
     def from_target(self, target: Tensor) -> tuple[Tensor, Tensor]:
         """Split nnU-Net's training target into reference (B, R, *S) in {0, 1} and valid mask (B, 1, *S) in {0, 1}.

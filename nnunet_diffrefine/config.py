@@ -48,7 +48,8 @@ class ErrorConfig:
         threshold: probability from which on an error is mended, where none was calibrated.
         calibration: share of a fold's training cases kept out of training, on which the threshold of each class is
             chosen for the final Dice; 0 keeps ``threshold``.
-        nesting: keep regions inside the regions that contain them.
+        nesting: in the decision of an error target, cut regions to the regions that contain them. A mask target is
+            decided as nnU-Net decides, whose label map extends the containing regions instead.
     """
 
     target: Literal["mask", "absolute", "three_way"] = "mask"

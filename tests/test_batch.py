@@ -5,6 +5,7 @@ import torch
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 from nnunet_diffrefine.batch import Foreground, RefineBatch
+from nnunet_diffrefine.errors import nesting_from_labels
 from tests.builders import IGNORE, LABELS, REGIONS, batch_of, generator, label_maps, target_of, with_ignore
 
 EPS = 1e-4
@@ -74,6 +75,34 @@ def test_decisions_are_nnunets(foreground: Foreground) -> None:
         assert torch.equal(decided, (torch.sigmoid(logits) > 0.5).float())
         written = torch.where(decided[:, 1] > 0, 2, torch.where(decided[:, 0] > 0, 1, 0))
         assert torch.equal(written, segmentations.to(written))
+
+
+@pytest.mark.parametrize(
+    ("regions", "order"),
+    [
+        pytest.param([[1, 2, 3], [2, 3], 3], [1, 2, 3], id="chain"),
+        pytest.param([3, [1, 2, 3], [2, 3]], [3, 1, 2], id="chain, innermost written first"),
+        pytest.param([[1, 2, 3], 2, 3], [1, 2, 3], id="siblings"),
+        pytest.param([[1, 2], 2, [3, 4], 4], [1, 2, 3, 4], id="apart"),
+        pytest.param([[1, 2], [2, 3]], [1, 3], id="overlapping"),
+    ],
+)
+def test_exported_channels_are_those_of_nnunets_label_map(regions: list, order: list[int]) -> None:
+    names = tuple(f"region {i}" for i in range(len(regions)))
+    manager = LabelManager({"background": 0, **dict(zip(names, regions, strict=True))}, order)
+    foreground = Foreground(names, exclusive=False, parents=nesting_from_labels(regions))
+    logits = random_logits(foreground)
+    exported = foreground.exported(foreground.decide(logits))
+    for found, one in zip(exported, logits, strict=True):
+        labels = manager.convert_logits_to_segmentation(one)
+        expected = torch.stack([torch.isin(labels, torch.tensor(region)) for region in regions])
+        assert torch.equal(found, expected.float())
+
+
+@BOTH
+def test_channels_without_a_known_nesting_are_exported_as_they_are(foreground: Foreground) -> None:
+    decided = foreground.decide(random_logits(foreground))
+    assert torch.equal(foreground.exported(decided), decided)
 
 
 @pytest.mark.parametrize("ignore", [False, True], ids=["complete", "ignore"])

@@ -1,5 +1,8 @@
 """Which decision is used of the refiner's logits: an offset a class, and the gate; both from out-of-fold cases.
 
+Judged is the label map that nnU-Net writes of a decision (:meth:`Foreground.exported`): a core that lies outside of the
+whole extends the whole.
+
 Offsets are chosen for the mean Dice over cases and classes, one class at a time with the others at 0, and tried
 together. They are cross-fitted: the offsets with which a case is judged were chosen on other folds' cases (of one fold
 alone, on its other half). They are used only if the cross-fitted gain over no offset is real: its 95 % interval lies
@@ -66,9 +69,9 @@ def groups(folds: Sequence[int]) -> np.ndarray:
 
 
 def decision_dice(case: CaseVoxels, gate: Gate) -> np.ndarray:
-    """Dice (R,) of a case that is decided through a gate."""
-    refined, stage_one = case.logits(gate.foreground)
-    return dice(case.sums(gate.foreground.decide(gate(refined, stage_one))))
+    """Dice (R,) of the label map that nnU-Net writes for a case that is decided through a gate."""
+    foreground, logits = gate.foreground, case.logits(gate.foreground)
+    return dice(case.sums(foreground.exported(foreground.decide(gate(*logits)))))
 
 
 def stage_one_dice(case: CaseVoxels, foreground: Foreground) -> np.ndarray:

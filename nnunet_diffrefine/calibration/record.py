@@ -27,7 +27,7 @@ DECISIONS = ("refine", "keep", "measured")
 
 @dataclass(frozen=True)
 class ClassRecord:
-    """A class: its decision, and the mean Dice over ``n`` cases behind it.
+    """A class: its decision, and the mean Dice (of label maps as nnU-Net writes them) over ``n`` cases behind it.
 
     Attributes:
         decision: ``refine``, or ``keep`` stage one's.

@@ -8,7 +8,7 @@ Decision of an error target: channel r of the hard prior flips where its evidenc
 is wrong) exceeds the channel's threshold. With m the prior and e the evidence less the threshold, the corrected logit
 is e where m = 0 and -e where m = 1, so the margin says how sure the decision is. Exclusive classes that flip at once
 are settled by one rule: the background has logit 0, and the class with the largest corrected logit wins where that is
-above 0. Regions are cut to the regions that contain them.
+above 0. Regions are cut to the regions that contain them (``error.nesting``). Masks are decided as nnU-Net decides.
 
 References:
     Ren et al. 2024, Re-DiffiNet, https://arxiv.org/abs/2402.07354: the absolute discrepancy and its flip (Eq. 5).

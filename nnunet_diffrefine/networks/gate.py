@@ -8,13 +8,13 @@ afterwards, over folds or models.)
 
 Regions have logits of their own: a gated region keeps stage one's. Of the others, one inside a gated region is cut to
 it, and one around a gated region is grown to hold it, so what was nested stays nested: with a region's refined logit
-R and stage one's S, its result is max(min(R, S of gated ancestors), S of gated descendants).
+R and stage one's S, its result is max(min(R, S of gated ancestors), S of gated descendants). Offsets may take a region
+out of its parent: where there are any, R counts with its offset, and the min is with the parent's result too.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +22,6 @@ from torch import Tensor
 
 from nnunet_diffrefine.batch import Foreground
 from nnunet_diffrefine.config import ConfigError, GateConfig
-from nnunet_diffrefine.errors.maps import enforce_nesting
 
 
 @dataclass(frozen=True)
@@ -75,17 +74,15 @@ class Gate:
             return stage_one
         if self.shifts:
             refined = self._shifted(refined)
-        if not self.unchanged:
-            return refined
-        return (self._exclusive if self.foreground.exclusive else self._regions)(refined, stage_one)
+        if self.foreground.exclusive:
+            return self._exclusive(refined, stage_one) if self.unchanged else refined
+        return self._regions(refined, stage_one) if self.unchanged or self.shifts else refined
 
     def _shifted(self, refined: Tensor) -> Tensor:
         used = [0.0 if channel in self.unchanged else offset for channel, offset in enumerate(self.offsets)]
         heads = [0.0, *used] if self.foreground.exclusive else used
         shift = torch.tensor(heads, device=refined.device, dtype=refined.dtype)
-        shifted = refined + shift.view(1, -1, *([1] * (refined.ndim - 2)))
-        parents = self.foreground.parents
-        return enforce_nesting(shifted, parents) if parents else shifted  # offsets may take a region out of its parent
+        return refined + shift.view(1, -1, *([1] * (refined.ndim - 2)))
 
     def _exclusive(self, refined: Tensor, stage_one: Tensor) -> Tensor:
         gated = torch.tensor(
@@ -100,26 +97,18 @@ class Gate:
 
     def _regions(self, refined: Tensor, stage_one: Tensor) -> Tensor:
         stage_one = stage_one.to(refined.dtype)
-        ancestors = [_ancestors(region, self.foreground.parents) for region in range(self.foreground.channels)]
-        channels = []
-        for region, above in enumerate(ancestors):
+        ancestors = [self.foreground.ancestors(region) for region in range(self.foreground.channels)]
+        results = list(stage_one.unbind(1))
+        for region in sorted(range(self.foreground.channels), key=lambda r: len(ancestors[r])):  # parents first
             if region in self.unchanged:
-                channels.append(stage_one[:, region])
                 continue
-            below = [other for other, over in enumerate(ancestors) if region in over]
+            above, below = ancestors[region], [r for r, over in enumerate(ancestors) if region in over]
             channel = refined[:, region]
+            if self.shifts and above:
+                channel = torch.minimum(channel, results[above[0]])
             for ancestor in self.unchanged.intersection(above):
                 channel = torch.minimum(channel, stage_one[:, ancestor])
             for descendant in self.unchanged.intersection(below):
                 channel = torch.maximum(channel, stage_one[:, descendant])
-            channels.append(channel)
-        return torch.stack(channels, 1)
-
-
-def _ancestors(region: int, parents: Sequence[int | None]) -> list[int]:
-    found: list[int] = []
-    parent = parents[region] if parents else None
-    while parent is not None:
-        found.append(parent)
-        parent = parents[parent]
-    return found
+            results[region] = channel
+        return torch.stack(results, 1)

@@ -19,9 +19,10 @@ from nnunet_diffrefine.calibration.decisions import (
 from nnunet_diffrefine.calibration.measure import SCALED, measure
 from nnunet_diffrefine.calibration.voxels import CaseVoxels, dice, gather, load, save
 from nnunet_diffrefine.networks.gate import Gate
-from tests.builders import IGNORE, LABELS, REGIONS, batch_of, generator, with_ignore
+from tests.builders import LABELS, REGIONS, batch_of, generator, with_ignore
 
 BOTH = pytest.mark.parametrize("foreground", [LABELS, REGIONS], ids=["labels", "regions"])
+NESTED = replace(REGIONS, parents=(None, 0))
 N = 400
 
 
@@ -64,7 +65,18 @@ class TestVoxels:
             assert found == pytest.approx(wanted.numpy(), abs=1e-6)
         wrong = ((foreground.decide(before[None]) != batch.reference).any(1) & valid[None, 0]).sum()
         assert int(kept.errors(foreground).sum()) + kept.outside_errors == wrong
-        assert foreground.ignore_label in (None, IGNORE)
+
+    def test_regions_are_judged_by_the_label_map_that_is_exported(self):
+        """Three of the four voxels of the whole are decided as core only; the label map puts them into the whole."""
+        case = CaseVoxels(
+            "case", 0, np.array([[2, -2, -2, -2, -2], [-2, 2, 2, 2, -2]], np.float16),
+            np.array([[200, 200, 200, 9, 9], [9, 200, 9, 200, 9]], np.uint8),
+            np.array([[1, 1, 1, 1, 0], [0, 1, 1, 0, 0]], bool), np.zeros((5, 2)), 0,
+        )  # fmt: skip
+        assert decision_dice(case, Gate(NESTED)).tolist() == [1, 0.8]
+        assert stage_one_dice(case, NESTED).tolist() == [1, 0.5]
+        assert decision_dice(case, Gate(NESTED, offsets=(-0.25, 0.0))).tolist() == [0.4, 0]  # the cores are cut off
+        assert decision_dice(case, Gate(REGIONS)).tolist() == [0.4, 0.8]  # nothing is known of a nesting
 
     def test_other_makings_and_damaged_files_are_not_read(self, tmp_path):
         file = tmp_path / "case.npz"

@@ -1,6 +1,7 @@
 """What is generated: losses against values worked out by hand, nnU-Net's scales, the ignore mask, the decision."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ BOTH = pytest.mark.parametrize("foreground", [LABELS, REGIONS], ids=["labels", "
 EACH = pytest.mark.parametrize("target", list(TARGETS))
 ERRORS = pytest.mark.parametrize("target", ["absolute", "three_way"])
 ONE = Foreground(("lesion",), exclusive=False)
+NESTED = replace(REGIONS, parents=(None, 0))
 ALL_TERMS = {"dice": 1.0, "entropy": 1.0, "squared": 1.0}
 
 
@@ -289,10 +291,10 @@ class TestDecision:
             decided = foreground.decide(error.decide(evidence, prior, thresholds))
             assert decided.flatten().tolist() == expected
 
-    @BOTH
+    @pytest.mark.parametrize("foreground", [LABELS, REGIONS, NESTED], ids=["labels", "regions", "nested"])
     def test_a_mask_is_decided_already(self, foreground: Foreground) -> None:
         logits = torch.randn(2, foreground.heads, *SPACE, generator=generator())
-        batch, mask = batch_of(foreground), target_of("mask", foreground)
+        batch, mask = batch_of(foreground), target_of("mask", foreground, nesting=True)
         assert torch.equal(mask.decide(logits, batch.prior, torch.full((2,), torch.inf)), logits)
         assert torch.equal(mask.evidence_of(logits, batch.prior), logits)
 

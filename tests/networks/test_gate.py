@@ -76,10 +76,11 @@ class TestGate:
         assert torch.equal(found, torch.stack((refined[:, 0], stage_one[:, 1]), 1))
 
     @PARENTED
-    def test_nested_stays_nested(self, foreground):
+    @pytest.mark.parametrize("offsets", [(), (0.5, -1.0, 1.5)], ids=["plain", "shifted"])
+    def test_nested_stays_nested(self, foreground, offsets):
         refined, stage_one = (logits(foreground, seed, nested=True) for seed in (1, 2))
         for unchanged in subsets(foreground):
-            found = Gate(foreground, unchanged)(refined, stage_one)
+            found = Gate(foreground, unchanged, offsets)(refined, stage_one)
             for region, parent in enumerate(foreground.parents):
                 if parent is not None:
                     assert (found[:, region] <= found[:, parent]).all()
@@ -96,14 +97,15 @@ class TestGate:
 class TestOffsets:
     @EACH
     def test_they_shift_the_decision_of_their_class(self, foreground):
-        refined, stage_one = logits(foreground, 1), logits(foreground, 2)
+        """Of nested regions too, which are shifted inside of their parents."""
+        refined, stage_one = (logits(foreground, seed, nested=True) for seed in (1, 2))
         for channel in range(foreground.channels):
             sizes = []
             for offset in (-2.0, 0.0, 2.0):
                 offsets = tuple(offset if c == channel else 0.0 for c in range(foreground.channels))
                 decided = foreground.decide(Gate(foreground, offsets=offsets)(refined, stage_one))
                 sizes.append(int(decided[:, channel].sum()))
-            assert sizes[0] < sizes[1] < sizes[2] or foreground.parents[channel : channel + 1] not in ((), (None,))
+            assert sizes[0] < sizes[1] < sizes[2]
 
     @PARENTED
     def test_a_shifted_region_stays_inside_its_parent(self, foreground):
@@ -112,6 +114,21 @@ class TestOffsets:
         for region, parent in enumerate(foreground.parents):
             if parent is not None:
                 assert (found[:, region] <= found[:, parent]).all()
+
+    @pytest.mark.parametrize(
+        ("unchanged", "refined", "stage_one", "wanted"),
+        [
+            ({0}, (-3.0, 2.0, -4.0), (4.0, -1.0, -2.0), (4.0, 2.5, -3.5)),  # the refined whole is not used
+            ({0}, (9.0, 2.0, -4.0), (1.0, -1.0, -2.0), (1.0, 1.0, -3.5)),
+            ({1}, (-3.0, -3.0, 2.0), (3.0, 3.0, 1.0), (3.0, 3.0, 2.5)),  # nor where it grew around stage one's core
+            ({2}, (-3.0, 2.0, 0.0), (3.0, 3.0, 1.0), (1.0, 1.0, 1.0)),
+            (set(), (-3.0, 2.0, 3.0), (4.0, 4.0, 4.0), (-2.5, -2.5, -2.5)),
+        ],
+    )
+    def test_a_shifted_region_is_cut_to_the_parent_that_is_used(self, unchanged, refined, stage_one, wanted):
+        refined, stage_one = (torch.tensor(x).view(1, 3, 1, 1, 1) for x in (refined, stage_one))
+        found = Gate(NESTED, frozenset(unchanged), (0.5, 0.5, 0.5))(refined, stage_one)
+        assert tuple(found.flatten().tolist()) == wanted
 
     @EACH
     def test_those_of_gated_classes_are_not_used(self, foreground):
