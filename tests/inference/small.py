@@ -142,6 +142,9 @@ class Folders:
     def out(self) -> Path:
         return self.root / "out"
 
+    def checkpoint(self, fold: int) -> Path:
+        return self.root / "model" / f"fold_{fold}" / "checkpoint_final.pth"
+
     def add(self, case: str, seed: int = 0, soft: bool = True) -> np.ndarray:
         """Write a case; returns its label map."""
         for folder in (self.images, self.predictions):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import resource
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -36,10 +37,13 @@ SPACES = {"same grid": {}, "resampled": {"spacing": (4.0, 1.1, 0.9), "transpose"
 
 @pytest.fixture
 def run(monkeypatch):
-    """Apply a refiner to folders; plans are those of the model."""
+    """Apply a refiner to folders; plans are those of the model, whose checkpoints are stand-ins."""
 
     def apply(folders: Folders, denoiser=Identity, plans=None, folds=1, **options):
-        model = model_of(folders.kind, denoiser, folds, **(plans or {}))
+        model = replace(model_of(folders.kind, denoiser, folds, **(plans or {})), folder=folders.root / "model")
+        for file in map(folders.checkpoint, range(folds)):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.touch()
         monkeypatch.setattr(module, "load_model", lambda *_: model)
         values = {"folds": tuple(range(folds)), "device": "cpu", "npp": 0, "nps": 0, "progress": False, **options}
         refiner = StageOneId("DiffRefineTrainer", "nnUNetPlans", "3d_fullres")

@@ -56,6 +56,24 @@ class TestAnotherRun:
         with pytest.raises(ValueError, match=r"settings: images was \S+/images, is now \S+/others"):
             run(folders, images=moved, continue_prediction=True)
 
+    @pytest.mark.parametrize("flag", [True, False], ids=["continued", "begun anew"])
+    def test_weights_trained_again_under_the_same_name_are_another_run(self, folders, run, flag):  # noqa: F811
+        run(folders, folds=2)
+        (folders.out / f"case_1{ENDING}").unlink()
+        before = contents(folders.out)
+        folders.checkpoint(1).write_bytes(b"trained again")
+        with pytest.raises(ValueError, match=r"other settings: checkpoint_sha256 was \{'0': .*, is now \{'0': .*'1': "):
+            run(folders, folds=2, continue_prediction=flag)
+        assert contents(folders.out) == before
+
+    def test_a_record_without_the_weights_is_continued(self, folders, run):  # noqa: F811
+        run(folders)
+        (folders.out / f"case_1{ENDING}").unlink()
+        record = json.loads((folders.out / "apply.json").read_text())
+        del record["checkpoint_sha256"]
+        (folders.out / "apply.json").write_text(json.dumps(record))
+        assert [r.case for r in run(folders, continue_prediction=True)] == ["case_1"]
+
     def test_the_same_settings_may_be_run_again(self, folders, run):  # noqa: F811
         run(folders)
         before = contents(folders.out)
