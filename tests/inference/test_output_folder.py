@@ -6,9 +6,12 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from filelock import FileLock
+from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 
+from nnunet_diffrefine.image_files import read_header
 from nnunet_diffrefine.inference import apply as module
 from nnunet_diffrefine.inference.files import LOCK, OutputFolder
 from tests.inference.small import ENDING, Folders
@@ -107,6 +110,21 @@ class TestAnotherRun:
         with pytest.raises(ValueError, match=r"soften was 3.0, is now 0.0"):
             run(folders)
         assert list(contents(folders.out)) == ["apply.json"]
+
+
+class TestTiff:
+    def test_the_spacing_comes_along(self, tmp_path):
+        """In nnU-Net's JSON file beside the label map; that of ``qc`` with the same name stays."""
+        out, labels = OutputFolder(tmp_path / "out"), np.arange(210, dtype=np.uint8).reshape(5, 6, 7)
+        spacing = (3.0, 1.0, 0.5)  # z, y, x
+        with out.begun():
+            out.write("qc/case.json", lambda file: file.write_text("{}"))
+            out.write("case.tif", lambda file: Tiff3DIO().write_seg(labels, str(file), {"spacing": spacing}))
+        found = contents(out.folder)
+        assert sorted(found) == ["case.json", "case.tif", "qc/case.json"]
+        assert found["qc/case.json"] == b"{}"
+        assert np.array_equal(Tiff3DIO().read_seg(str(out.folder / "case.tif"))[0][0], labels)
+        assert read_header(out.folder / "case.tif").spacing == spacing[::-1]
 
 
 class TestParts:
