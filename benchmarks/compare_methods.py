@@ -34,6 +34,7 @@ from nnunet_diffrefine.config import BLOCK, ConfigError, RefineConfig
 from nnunet_diffrefine.methods import METHODS
 from nnunet_diffrefine.plan_command import parse_changes
 from nnunet_diffrefine.plans import merge, shipped_settings
+from nnunet_diffrefine.stage_one.manifest import write_atomically
 
 BAR, FAST, SECOND = "stage one trained on", "the same at stage one's learning rate", "second network"
 
@@ -95,14 +96,20 @@ class Comparison:
         return System(name, f"{METHODS[method].trainer}_bench{self.args.steps}@{plans}@3d_fullres", refiner=True)
 
     def _plans(self, name: str, changes: dict) -> str:
-        """Plans whose settings go over the preset of the method; an existing file is left as it is."""
+        """Plans whose settings go over the preset of the method; those of an earlier run must have the same."""
         own = "Compared" if name in METHODS else "_" + "".join(c for c in name if c.isalnum())
         target = f"{self.args.p}{own}"
         folder = Path(nnUNet_preprocessed.get()) / self.dataset
         plans = json.loads((folder / f"{self.args.p}.json").read_text())
         plans["plans_name"], plans["configurations"]["3d_fullres"][BLOCK] = target, changes
-        if not (folder / f"{target}.json").exists():
-            (folder / f"{target}.json").write_text(json.dumps(plans, indent=4))
+        file = folder / f"{target}.json"
+        if not file.exists():
+            write_atomically(file, json.dumps(plans, indent=4).encode())
+        earlier = json.loads(file.read_text())["configurations"]["3d_fullres"].get(BLOCK)
+        if earlier != changes:
+            raise SystemExit(f"{file} has settings {earlier}, but {name} wants {changes}: models of the old ones would "
+                             "be shown as new. Give the system another NAME (other --set: another -p), or delete the "
+                             "file and what was trained with it.")  # fmt: skip
         return target
 
     def train(self) -> None:

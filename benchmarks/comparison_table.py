@@ -12,7 +12,8 @@ def comparison_table(rows: dict, classes: list[str], baseline: str, bar: str) ->
     """A row a system, best mean Dice first; systems named ``+NAME`` fill the last columns of ``NAME``.
 
     Mean and standard deviation over cases; two-sided Wilcoxon tests of the class mean, paired by case, against
-    ``baseline`` and ``bar``, each column with Holm's correction.
+    ``baseline`` and ``bar``, each column with Holm's correction. Empty masks: see :func:`metrics.dice` and
+    :func:`metrics.hd95`.
     """
     head = ["system", *(f"Dice {c}" for c in classes), "Dice mean", *(f"HD95 {c}" for c in classes), "HD95 mean"]
     head += [f"better / worse than {baseline}", "p", f"than {bar}", "p", "flip precision", "error Dice"]

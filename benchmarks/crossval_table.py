@@ -77,7 +77,10 @@ def score(run: CrossValidation, systems: dict[str, str], stage_one: str) -> dict
 
 
 def table(rows: dict, classes: list[str], baseline: str) -> str:
-    """Markdown: mean and standard deviation over cases; paired Wilcoxon of the class mean against the baseline."""
+    """Markdown: mean and standard deviation over cases; paired Wilcoxon of the class mean against the baseline.
+
+    Empty masks: see :func:`metrics.dice` and :func:`metrics.hd95`.
+    """
     head = ["system", *(f"Dice {c}" for c in classes), "Dice mean", *(f"HD95 {c}" for c in classes), "HD95 mean"]
     head += ["better / worse", "p", "flip precision", "error Dice"]
     lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]

@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from monai.metrics import compute_hausdorff_distance
 
+from nnunet_diffrefine.evaluation.policy import POLICIES, emptiness
+
 
 def dice(prediction: np.ndarray, reference: np.ndarray) -> float:
     """Dice of two masks (D, H, W) in [0, 1]; NaN if both are empty."""
@@ -14,9 +16,16 @@ def dice(prediction: np.ndarray, reference: np.ndarray) -> float:
 
 
 def hd95(prediction: np.ndarray, reference: np.ndarray, spacing: tuple[float, ...]) -> float:
-    """HD95 in mm: the larger of the two directed 95th percentiles (MONAI); NaN if a mask is empty."""
-    if not prediction.any() or not reference.any():
-        return float("nan")
+    """HD95 of two masks (D, H, W) in mm: the larger of the two directed 95th percentiles (MONAI).
+
+    Empty masks count as in ``evaluate`` (policy "nnunet"): the length of the image's diagonal if one is empty, so that
+    a missed structure is no gain; NaN, which the tables leave out, if both are.
+    """
+    policy, empty = POLICIES["nnunet"], emptiness(int(reference.sum()), int(prediction.sum()))
+    if empty == "both":
+        return policy.both_distance
+    if empty != "neither":
+        return float(np.linalg.norm(np.multiply(prediction.shape, spacing)))
     as_batch = [torch.from_numpy(mask[None, None]) for mask in (prediction, reference)]
     value = compute_hausdorff_distance(
         *as_batch, include_background=True, percentile=95, spacing=list(map(float, spacing))

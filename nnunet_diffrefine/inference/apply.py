@@ -33,7 +33,7 @@ from nnunet_diffrefine.inference.region import RegionSettings
 from nnunet_diffrefine.inference.request import Request
 from nnunet_diffrefine.inference.windows import all_windows
 from nnunet_diffrefine.networks.gate import Gate
-from nnunet_diffrefine.stage_one.fingerprint import json_sha256
+from nnunet_diffrefine.stage_one.fingerprint import file_sha256, json_sha256
 
 
 def apply(request: Request) -> list[CaseResult]:
@@ -200,6 +200,9 @@ def settings_record(request: Request, model: Model, work: CaseWork) -> dict[str,
         "model": str(model.folder),
         "folds": list(request.folds),
         "checkpoint": request.checkpoint,
+        "checkpoint_sha256": {
+            str(fold): file_sha256(model.folder / f"fold_{fold}" / request.checkpoint) for fold in request.folds
+        },
         "sampling": asdict(sampling),
         "region": asdict(work.region),
         "soften": request.soften,

@@ -70,6 +70,8 @@ def check_maps(work: CaseWork) -> None:
 def check_record(work: CaseWork, record: dict[str, Any]) -> None:
     """A folder that holds results was begun with the same settings, whether it is continued or done again.
 
+    What an older version did not record is unknown, and not compared.
+
     Raises:
         ValueError: it was not, or nothing says with what.
     """
@@ -83,8 +85,8 @@ def check_record(work: CaseWork, record: dict[str, Any]) -> None:
         earlier = json.loads(file.read_text())
     except ValueError as error:
         raise ValueError(f"{file} is damaged ({error}). Choose another -o.") from error
-    if other := [key for key, value in record.items() if earlier.get(key) != value]:
-        shown = "; ".join(f"{key} was {earlier.get(key)}, is now {record[key]}" for key in other)
+    if other := [key for key, value in record.items() if earlier.get(key, value) != value]:
+        shown = "; ".join(f"{key} was {earlier[key]}, is now {record[key]}" for key in other)
         raise ValueError(f"{folder} (-o) was begun with other settings: {shown}. Use the same, or another -o.")
 
 

@@ -141,6 +141,8 @@ class OutputFolder:
     def write(self, name: str, write: Callable[[Path], Any]) -> None:
         """Let ``write`` make a file, then give it its ``name`` (which may have a folder in it).
 
+        A ``.json`` of the same stem that ``write`` leaves beside it (nnU-Net's of TIFF files: the spacing) goes along.
+
         Raises:
             OSError: it could not be written completely.
         """
@@ -151,6 +153,9 @@ class OutputFolder:
             temporary.unlink(missing_ok=True)
             raise OSError(f"{final} could not be written; is the disk full? {error}") from error
         final.parent.mkdir(exist_ok=True)
+        sidecar = temporary.with_suffix(".json")
+        if sidecar != temporary and sidecar.is_file():
+            os.replace(sidecar, final.with_suffix(".json"))
         os.replace(temporary, final)
 
     def write_json(self, name: str, values: Any) -> None:  # noqa: ANN401 (anything JSON can hold)

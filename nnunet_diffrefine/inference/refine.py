@@ -155,21 +155,16 @@ class _Folds:
 
     def add(self, network: RefinementNetwork, image: Tensor, prior: Tensor) -> None:
         """Sample one fold."""
-        method, weight = cast(ComposedMethod, network.method), network.sampling.stage_one_weight
+        method = cast(ComposedMethod, network.method)
         self.foreground, self.gate, self.folds = network.foreground, network.gate, self.folds + 1
-
-        def decided(evidence: Tensor) -> Tensor:
-            logits = method.decide(evidence, prior, network.thresholds).float()
-            return logits if weight == 0 else (1 - weight) * logits + weight * network.foreground.logits(prior)
-
         evidence = self._evidence(network, method, image, prior)
-        logits = decided(evidence[:1])
+        logits = network.decided(evidence[:1], prior)
         self.logits = self.logits + logits
         if self.options.error_map and self.options.scaling is None:
             errors = evidence[:1] if method.flips else None
             self.error = self.error + error_probability(logits, errors, prior, self.foreground)
         for one in evidence[1:].split(1) if len(evidence) > 1 else ():
-            self.spread.add(self.foreground.probabilities(decided(one)))
+            self.spread.add(self.foreground.probabilities(network.decided(one, prior)))
 
     def _evidence(self, network: RefinementNetwork, method: ComposedMethod, image: Tensor, prior: Tensor) -> Tensor:
         """Evidence (1, ., *S) of all samples and, for the uncertainty, behind it of every single one."""

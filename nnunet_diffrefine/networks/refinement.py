@@ -130,24 +130,46 @@ class RefinementNetwork(nn.Module):
     def refined(self, image: Tensor, stage_one_logits: Tensor) -> Tensor:
         """Refine the windows in which stage one sees any foreground; the others pass through.
 
-        So does everything if no threshold allows a flip: blended over windows, decisions are not stage one's logits.
+        So does everything if no threshold allows a flip.
         """
-        if self.method.flips and bool(torch.isposinf(self.thresholds).all()):
+        if self.never_flips:
             return stage_one_logits
         prior = self.foreground.probabilities(stage_one_logits)
         seen = prior.flatten(1).amax(1) >= self.sampling.min_foreground
         if not seen.any():
             return stage_one_logits
         result = stage_one_logits.clone()
-        weight = self.sampling.stage_one_weight
-        windows = zip(image[seen].split(1), prior[seen].split(1), strict=True)  # each with noise of its own
-        logits = torch.cat([self.refine_window(i, p).float() for i, p in windows])
-        result[seen] = (1 - weight) * logits + weight * stage_one_logits[seen]
+        windows = zip(*(x[seen].split(1) for x in (image, prior, stage_one_logits)), strict=True)  # each its own noise
+        result[seen] = torch.cat([self.decided(self.evidence(i, p), p, own) for i, p, own in windows])
         return result
 
     def refine_window(self, image: Tensor, prior: Tensor) -> Tensor:
-        """Logits of the refiner alone, given image (1, C, *S) and prior probabilities (1, R, *S) of a window."""
-        return self.method.decide(self.evidence(image, prior), prior, self.thresholds)
+        """Refined logits (1, H, *S), given image (1, C, *S) and prior probabilities (1, R, *S) of a window."""
+        return self.decided(self.evidence(image, prior), prior)
+
+    @property
+    def never_flips(self) -> bool:
+        """Whether the method flips voxels and no threshold allows it."""
+        return self.method.flips and bool(torch.isposinf(self.thresholds).all())
+
+    def decided(self, evidence: Tensor, prior: Tensor, own: Tensor | None = None) -> Tensor:
+        """What follows from evidence and thresholds, with stage one's share; the prior's own logits without any flip.
+
+        Blended over windows or resampled, hard decisions are not the prior, even where nothing flips.
+
+        Args:
+            evidence: the method's, (B, H or R, *S).
+            prior: probabilities (B, R, *S).
+            own: the prior's logits (B, H, *S), where they are known better than from its probabilities.
+
+        Returns:
+            Logits (B, H, *S).
+        """
+        weight = 1.0 if self.never_flips else self.sampling.stage_one_weight
+        logits = self.method.decide(evidence, prior, self.thresholds).float()
+        if weight == 0:
+            return logits
+        return (1 - weight) * logits + weight * (self.foreground.logits(prior) if own is None else own)
 
     def evidence(self, image: Tensor, prior: Tensor) -> Tensor:
         """The method's evidence (1, H or R, *S) of a window, averaged over the refiner's mirrored copies."""

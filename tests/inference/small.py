@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import SimpleITK as sitk
@@ -28,6 +28,8 @@ PATCH = (8, 8, 8)
 class Identity(nn.Module):
     """A denoiser that returns the prior, for images of one channel."""
 
+    settings: ClassVar[dict[str, Any]] = {}
+
     def __init__(self, foreground: Any) -> None:
         super().__init__()
         self.foreground = foreground
@@ -46,9 +48,21 @@ class Everywhere(Identity):
         return logits if self.foreground.exclusive else torch.full_like(logits, 5.0)
 
 
+class NeverFlips(Identity):
+    """A denoiser that is sure of an error everywhere, with thresholds that allow no flip."""
+
+    settings = {"name": "discrepancy_unet", "process": {"kind": "none"}, "error": {"target": "absolute"}}
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return torch.full_like(x[:, 1 : 1 + self.foreground.channels], 5.0)
+
+
 def network_with(denoiser: nn.Module, foreground: Any, **settings: Any) -> RefinementNetwork:
     method = method_of(foreground, **settings)
-    return RefinementNetwork(nn.Identity(), denoiser, method, foreground, method.config.sampling)
+    network = RefinementNetwork(nn.Identity(), denoiser, method, foreground, method.config.sampling)
+    if isinstance(denoiser, NeverFlips):
+        network.thresholds.fill_(torch.inf)
+    return network
 
 
 def plans_of(spacing: tuple[float, ...] = (1.0, 1.0, 1.0), transpose: tuple[int, ...] = (0, 1, 2)) -> dict[str, Any]:
@@ -82,7 +96,7 @@ def geometry_of(kind: str, **plans: Any) -> Geometry:
 
 def model_of(kind: str, denoiser: type[Identity] = Identity, folds: int = 1, **plans: Any) -> Model:
     foreground = FOREGROUNDS[kind]
-    network = network_with(denoiser(foreground), foreground)
+    network = network_with(denoiser(foreground), foreground, **denoiser.settings)
     network.stage_one = nn.Identity()
     state = network.state_dict()
     return Model(network, [state] * folds, plans_of(**plans), "3d_fullres", dataset_of(kind), Path("model"))
@@ -127,6 +141,9 @@ class Folders:
     @property
     def out(self) -> Path:
         return self.root / "out"
+
+    def checkpoint(self, fold: int) -> Path:
+        return self.root / "model" / f"fold_{fold}" / "checkpoint_final.pth"
 
     def add(self, case: str, seed: int = 0, soft: bool = True) -> np.ndarray:
         """Write a case; returns its label map."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import resource
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,17 @@ from nnunet_diffrefine.inference.geometry import Geometry
 from nnunet_diffrefine.inference.prediction import from_labels
 from nnunet_diffrefine.inference.request import Request
 from nnunet_diffrefine.paths import StageOneId
-from tests.inference.small import ENDING, SHAPE, Everywhere, Folders, Identity, model_of, read_volume, write_volume
+from tests.inference.small import (
+    ENDING,
+    SHAPE,
+    Everywhere,
+    Folders,
+    Identity,
+    NeverFlips,
+    model_of,
+    read_volume,
+    write_volume,
+)
 
 KINDS = pytest.mark.parametrize("kind", ["labels", "regions"])
 SPACES = {"same grid": {}, "resampled": {"spacing": (4.0, 1.1, 0.9), "transpose": (1, 2, 0)}}
@@ -26,10 +37,13 @@ SPACES = {"same grid": {}, "resampled": {"spacing": (4.0, 1.1, 0.9), "transpose"
 
 @pytest.fixture
 def run(monkeypatch):
-    """Apply a refiner to folders; plans are those of the model."""
+    """Apply a refiner to folders; plans are those of the model, whose checkpoints are stand-ins."""
 
     def apply(folders: Folders, denoiser=Identity, plans=None, folds=1, **options):
-        model = model_of(folders.kind, denoiser, folds, **(plans or {}))
+        model = replace(model_of(folders.kind, denoiser, folds, **(plans or {})), folder=folders.root / "model")
+        for file in map(folders.checkpoint, range(folds)):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.touch()
         monkeypatch.setattr(module, "load_model", lambda *_: model)
         values = {"folds": tuple(range(folds)), "device": "cpu", "npp": 0, "nps": 0, "progress": False, **options}
         refiner = StageOneId("DiffRefineTrainer", "nnUNetPlans", "3d_fullres")
@@ -50,12 +64,13 @@ TABLE = ["qc.csv", "qc/.lock", "qc/case.json"]
 class TestResults:
     @pytest.mark.parametrize("plans", SPACES.values(), ids=list(SPACES))
     @pytest.mark.parametrize("soft", [True, False], ids=["probabilities", "label maps"])
+    @pytest.mark.parametrize("denoiser", [Identity, NeverFlips])
     @KINDS
-    def test_a_refiner_that_returns_the_prior_gives_back_the_input(self, tmp_path, run, kind, soft, plans):
+    def test_a_refiner_that_returns_the_prior_gives_back_the_input(self, tmp_path, run, kind, denoiser, soft, plans):
         """Everywhere, through cropping, transposing and resampling: the same labels, probabilities and header."""
         folders = Folders(tmp_path, kind, (0.9, 1.0, 1.2), border=2)
         labels = folders.add("case", soft=soft)
-        (result,) = run(folders, plans=plans, region={"everywhere": True}, save_probabilities=True)
+        (result,) = run(folders, denoiser, plans, region={"everywhere": True}, save_probabilities=True)
         assert result.windows > 1
         assert np.array_equal(read_volume(folders.out / f"case{ENDING}"), labels)
         wanted = folders.probabilities("case") if soft else None

@@ -6,9 +6,12 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from filelock import FileLock
+from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 
+from nnunet_diffrefine.image_files import read_header
 from nnunet_diffrefine.inference import apply as module
 from nnunet_diffrefine.inference.files import LOCK, OutputFolder
 from tests.inference.small import ENDING, Folders
@@ -56,6 +59,24 @@ class TestAnotherRun:
         with pytest.raises(ValueError, match=r"settings: images was \S+/images, is now \S+/others"):
             run(folders, images=moved, continue_prediction=True)
 
+    @pytest.mark.parametrize("flag", [True, False], ids=["continued", "begun anew"])
+    def test_weights_trained_again_under_the_same_name_are_another_run(self, folders, run, flag):  # noqa: F811
+        run(folders, folds=2)
+        (folders.out / f"case_1{ENDING}").unlink()
+        before = contents(folders.out)
+        folders.checkpoint(1).write_bytes(b"trained again")
+        with pytest.raises(ValueError, match=r"other settings: checkpoint_sha256 was \{'0': .*, is now \{'0': .*'1': "):
+            run(folders, folds=2, continue_prediction=flag)
+        assert contents(folders.out) == before
+
+    def test_a_record_without_the_weights_is_continued(self, folders, run):  # noqa: F811
+        run(folders)
+        (folders.out / f"case_1{ENDING}").unlink()
+        record = json.loads((folders.out / "apply.json").read_text())
+        del record["checkpoint_sha256"]
+        (folders.out / "apply.json").write_text(json.dumps(record))
+        assert [r.case for r in run(folders, continue_prediction=True)] == ["case_1"]
+
     def test_the_same_settings_may_be_run_again(self, folders, run):  # noqa: F811
         run(folders)
         before = contents(folders.out)
@@ -89,6 +110,21 @@ class TestAnotherRun:
         with pytest.raises(ValueError, match=r"soften was 3.0, is now 0.0"):
             run(folders)
         assert list(contents(folders.out)) == ["apply.json"]
+
+
+class TestTiff:
+    def test_the_spacing_comes_along(self, tmp_path):
+        """In nnU-Net's JSON file beside the label map; that of ``qc`` with the same name stays."""
+        out, labels = OutputFolder(tmp_path / "out"), np.arange(210, dtype=np.uint8).reshape(5, 6, 7)
+        spacing = (3.0, 1.0, 0.5)  # z, y, x
+        with out.begun():
+            out.write("qc/case.json", lambda file: file.write_text("{}"))
+            out.write("case.tif", lambda file: Tiff3DIO().write_seg(labels, str(file), {"spacing": spacing}))
+        found = contents(out.folder)
+        assert sorted(found) == ["case.json", "case.tif", "qc/case.json"]
+        assert found["qc/case.json"] == b"{}"
+        assert np.array_equal(Tiff3DIO().read_seg(str(out.folder / "case.tif"))[0][0], labels)
+        assert read_header(out.folder / "case.tif").spacing == spacing[::-1]
 
 
 class TestParts:

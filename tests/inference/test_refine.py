@@ -11,7 +11,7 @@ from nnunet_diffrefine.inference.windows import WindowedDenoiser, all_windows, g
 from nnunet_diffrefine.networks.condition_encoder import ConditionEncoder
 from nnunet_diffrefine.networks.denoiser import TimeConditionedUNet
 from tests.builders import LABELS, REGIONS, SPACE, TinyDenoiser, generator, method_of, network_of, unet
-from tests.inference.small import Everywhere, Identity, network_with
+from tests.inference.small import Everywhere, Identity, NeverFlips, network_with
 
 BOTH = pytest.mark.parametrize("foreground", [LABELS, REGIONS], ids=["labels", "regions"])
 CPU = torch.device("cpu")
@@ -193,6 +193,19 @@ class TestRegion:
         result = refine_volume([net], image, prior, whole(prior), PATCH, OPTIONS)
         assert torch.equal(result.logits, foreground.logits(prior[None])[0])
         assert result.windows > 1
+
+    @BOTH
+    def test_thresholds_that_allow_no_flip_change_no_bit(self, foreground):
+        """Over folds and samples too; that the errors are seen shows in their map."""
+        net = network_with(NeverFlips(foreground), foreground, **NeverFlips.settings)
+        image, prior = volume(foreground)
+        options = RefineOptions(CPU, error_map=True, uncertainty=True, probabilities=True)
+        result = refine_volume([net] * 3, image, prior, whole(prior), PATCH, options)
+        assert torch.equal(result.logits, foreground.logits(prior[None])[0])
+        assert not result.changed.any()
+        assert result.spread.max() < 1e-6
+        assert result.error.min() > 0.9
+        torch.testing.assert_close(result.probabilities, prior, atol=2e-4, rtol=0)
 
     def test_windows_lie_inside_and_hold_all_of_the_region(self):
         region = torch.zeros(LARGE, dtype=torch.bool)
