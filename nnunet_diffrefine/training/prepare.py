@@ -23,6 +23,7 @@ from nnunet_diffrefine.stage_one.fingerprint import resolve_configuration
 from nnunet_diffrefine.stage_one.leak import open_export
 from nnunet_diffrefine.stage_one.manifest import Manifest
 from nnunet_diffrefine.stage_one.mending import export_command
+from nnunet_diffrefine.stage_one.origin import origin_of
 from nnunet_diffrefine.stage_one.splits import read_splits
 from nnunet_diffrefine.stage_one.store import PriorStore
 
@@ -37,6 +38,7 @@ class Prepared:
         resolved: record that goes into the model folder.
         store: stage one's out-of-fold predictions.
         checkpoint: stage one's checkpoint of this fold.
+        origin: fingerprints of that and of the fold's split.
     """
 
     plans: dict[str, Any]
@@ -44,6 +46,7 @@ class Prepared:
     resolved: Resolved
     store: PriorStore
     checkpoint: Path
+    origin: dict[str, str]
 
 
 def prepare(
@@ -71,7 +74,8 @@ def prepare(
     config = settings(settled, method)
     own = StageOneId(trainer, plans["plans_name"], configuration)
     stage_one = find_export(dataset, config.stage_one, own, method)
-    _refuse_fold(dataset, stage_one, fold)
+    splits = read_splits(dataset, stage_one)
+    _refuse_fold(dataset, len(splits), fold)
     manifest, store = open_export(dataset, stage_one, plans, configuration, dataset_json)
     foreground = replace(manifest.foreground.foreground, parents=_parents(manifest, dataset_json))
     resolved = Resolved(asdict(foreground), asdict(manifest.stage_one))
@@ -80,7 +84,7 @@ def prepare(
     plans = with_block(plans, configuration, config, resolved)
     plans = refuse_mixed_settings(own_folder, fold, plans, configuration, RefineConfig().to_dict())
     _refuse_read_only(own_folder)
-    return Prepared(plans, config, resolved, store, checkpoint)
+    return Prepared(plans, config, resolved, store, checkpoint, origin_of(manifest, splits, int(fold)))
 
 
 def find_export(dataset: str, wanted: StageOneConfig, own: StageOneId, method: str) -> StageOneId:
@@ -193,8 +197,8 @@ def _refuse_read_only(folder: Path) -> None:
         )
 
 
-def _refuse_fold(dataset: str, stage_one: StageOneId, fold: int | str) -> None:
-    folds = range(len(read_splits(dataset, stage_one)))
+def _refuse_fold(dataset: str, number: int, fold: int | str) -> None:
+    folds = range(number)
     if fold == "all":
         raise RuntimeError(
             "Fold 'all' cannot be refined: a model trained on all cases has no out-of-fold prediction of any of them. "

@@ -103,11 +103,14 @@ class AveragedTrainer(BaseTrainer):
         torch.save(checkpoint, temporary)
         os.replace(temporary, filename)
 
+    def check_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse, with a ``RuntimeError`` and before anything changes, a checkpoint of another training."""
+
     def load_checkpoint(self, filename_or_checkpoint: str) -> None:
         """Restore nnU-Net's state, then the raw and averaged weights and the rest.
 
         Raises:
-            RuntimeError: the file cannot be read, or no trainer of this package wrote it.
+            RuntimeError: the file cannot be read, no trainer of this package wrote it, or it is of another training.
         """
         try:
             checkpoint = torch.load(filename_or_checkpoint, map_location=self.device, weights_only=False)
@@ -117,6 +120,7 @@ class AveragedTrainer(BaseTrainer):
                 f"{filename_or_checkpoint} is not a complete checkpoint of {type(self).__name__} ({error}). "
                 "Delete it; --c then continues from the next older one (latest, best), or starts anew."
             ) from error
+        self.check_checkpoint(checkpoint)
         super().load_checkpoint(filename_or_checkpoint)
         self.denoiser.load_state_dict(extra["denoiser"])
         self.ema.load_state_dict(extra["ema"])
