@@ -92,7 +92,7 @@ class DiffRefineTrainer(AveragedTrainer):
             raise NotImplementedError("Several GPUs with batch normalisation: use plans with instance normalisation.")
         weights = network_weights(self.stage_one_checkpoint)
         network.stage_one.load_state_dict(weights)
-        if self.config.training.initial_weights == "stage_one":
+        if self.config.training.initial_weights == "stage_one" and not self.continued:
             masks = not network.method.flips and self.config.process.prediction == "x0"
             copied = network.denoiser.start_from(weights, head=masks)
             self.print_to_log_file(f"The denoiser starts from {copied} tensors of stage one.")

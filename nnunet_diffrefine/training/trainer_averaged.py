@@ -24,6 +24,8 @@ class AveragedTrainer(BaseTrainer):
     """
 
     generator: torch.Generator
+    continued = False
+    """Whether the weights come from a checkpoint, so that what a new training starts from does not matter."""
 
     def take_settings(self, config: Any) -> None:  # noqa: ANN401 (a settings dataclass)
         """Keep the settings and pass on to nnU-Net what it has its own attributes for; to be called by constructors."""
@@ -121,6 +123,7 @@ class AveragedTrainer(BaseTrainer):
                 "Delete it; --c then continues from the next older one (latest, best), or starts anew."
             ) from error
         self.check_checkpoint(checkpoint)
+        self.continued = True
         super().load_checkpoint(filename_or_checkpoint)
         self.denoiser.load_state_dict(extra["denoiser"])
         self.ema.load_state_dict(extra["ema"])

@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nnunet_diffrefine.config import BLOCK
+from nnunet_diffrefine.config import BLOCK, ConfigError
+from nnunet_diffrefine.networks.denoiser import TimeConditionedUNet
 from nnunet_diffrefine.paths import StageOneId, fold_folder, model_folder, preprocessed_dataset, splits_file
 from nnunet_diffrefine.stage_one.fingerprint import file_sha256, splits_sha256
 from nnunet_diffrefine.stage_one.leak import LeakError
@@ -87,6 +88,18 @@ def test_the_same_training_goes_on(saved):
     trainer = trainer_of()
     trainer.load_checkpoint(str(file))
     assert all(torch.equal(value, weights[name]) for name, value in trainer.denoiser.state_dict().items())
+
+
+def test_what_a_new_training_would_start_from_does_not_matter(saved, monkeypatch):
+    """Folds that earlier versions let begin with a part of stage one's weights go on."""
+
+    def refuse(*_, **__):
+        raise ConfigError("another architecture")
+
+    monkeypatch.setattr(TimeConditionedUNet, "start_from", refuse)
+    trainer_of().load_checkpoint(str(saved[0]))
+    with pytest.raises(ConfigError):
+        trainer_of().initialize()
 
 
 def test_another_stage_one_is_refused(data, saved):
