@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from nnunet_diffrefine.paths import (
 from nnunet_diffrefine.plans import GATE, Resolved, merge, settings, with_block, with_gate
 from nnunet_diffrefine.stage_one.fingerprint import resolve_configuration
 from nnunet_diffrefine.stage_one.leak import open_export
-from nnunet_diffrefine.stage_one.manifest import Manifest
+from nnunet_diffrefine.stage_one.manifest import Manifest, ModelRecord
 from nnunet_diffrefine.stage_one.mending import export_command
 from nnunet_diffrefine.stage_one.origin import origin_of
 from nnunet_diffrefine.stage_one.splits import read_splits
@@ -63,7 +65,7 @@ def prepare(
         dataset_json: nnU-Net's dataset description.
 
     Raises:
-        NotImplementedError: a 2D or cascade configuration.
+        NotImplementedError: a 2D or cascade configuration, or a stage one that cannot run in this one's windows.
         ValueError: the plans have no such configuration.
         ConfigError: a setting that cannot be used.
         RuntimeError: no export, several to choose from, fold ``all``, or a leak (:class:`LeakError`).
@@ -77,6 +79,7 @@ def prepare(
     splits = read_splits(dataset, stage_one)
     _refuse_fold(dataset, len(splits), fold)
     manifest, store = open_export(dataset, stage_one, plans, configuration, dataset_json)
+    refuse_other_windows(settled["patch_size"], manifest.stage_one)
     foreground = replace(manifest.foreground.foreground, parents=_parents(manifest, dataset_json))
     resolved = Resolved(asdict(foreground), asdict(manifest.stage_one))
     checkpoint = _checkpoint(dataset, stage_one, manifest, int(fold))
@@ -185,6 +188,25 @@ def _refuse_unsupported(configuration: dict[str, Any], name: str) -> None:
     if configuration.get("previous_stage"):
         raise NotImplementedError(
             f"Configuration '{name}' is a cascade stage, which cannot be refined. Use 3d_fullres."
+        )
+
+
+def refuse_other_windows(patch: Sequence[int], model: ModelRecord) -> None:
+    """An exported model runs inside this training's windows, so its strides must divide their sides, where known.
+
+    Raises:
+        NotImplementedError: they do not.
+    """
+    strides = model.architecture.get("arch_kwargs", {}).get("strides")
+    if not strides:
+        return
+    each = [[stride] * len(patch) if isinstance(stride, int) else stride for stride in strides]
+    products = [math.prod(axis) for axis in zip(*each, strict=True)]
+    if len(products) != len(patch) or any(size % product for size, product in zip(patch, products, strict=True)):
+        raise NotImplementedError(
+            f"{model.stage_one.name}, which was exported, divides its windows by {products}, which does not fit "
+            f"windows of {list(patch)}. Train both on the same plans and configuration "
+            f"(-p {model.plans}, {model.configuration})."
         )
 
 
