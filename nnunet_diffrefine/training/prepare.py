@@ -155,17 +155,21 @@ def refuse_mixed_settings(
     if not others or not file.is_file():
         return plans
     before = json.loads(file.read_text())["configurations"].get(configuration, {}).get(BLOCK)
-    now = json.loads(json.dumps(plans["configurations"][configuration][BLOCK]))
     if before is None:
         return plans
-    had = merge(defaults, before)
-    if differing := sorted(key for key in {*had, *now} - {GATE} if had.get(key) != now.get(key)):
+    if differing := differing_settings(before, plans["configurations"][configuration][BLOCK], defaults):
         raise RuntimeError(
             f"{folder} holds {', '.join(sorted(others))} trained with other diffrefine settings "
             f"({', '.join(differing)}). Train this fold with the same settings, or write the new ones under another "
             "plans name (nnUNetv2_diffrefine plan -d DATASET -o NEW_PLANS) and train with -p NEW_PLANS."
         )
     return with_gate(plans, configuration, before[GATE]) if GATE in before else plans
+
+
+def differing_settings(before: dict[str, Any], now: dict[str, Any], defaults: dict[str, Any]) -> list[str]:
+    """Names of the settings in which two blocks differ, gate aside; what ``before`` lacks counts as ``defaults``."""
+    had, has = json.loads(json.dumps([merge(defaults, before), now]))
+    return sorted(key for key in {*had, *has} - {GATE} if had.get(key) != has.get(key))
 
 
 def _checkpoint(dataset: str, stage_one: StageOneId, manifest: Manifest, fold: int) -> Path:

@@ -17,6 +17,7 @@ from nnunet_diffrefine.data import PriorDataset, PriorTransform
 from nnunet_diffrefine.errors.augmentation import augment_prior
 from nnunet_diffrefine.methods import DEFAULT_METHOD, AbstractRefineMethod
 from nnunet_diffrefine.networks.denoiser import TimeConditionedUNet
+from nnunet_diffrefine.networks.gate import Gate
 from nnunet_diffrefine.networks.refinement import RefinementNetwork
 from nnunet_diffrefine.paths import StageOneId
 from nnunet_diffrefine.stage_one.origin import ORIGIN, check_origin
@@ -86,8 +87,9 @@ class DiffRefineTrainer(AveragedTrainer):
         self.enable_deep_supervision = wanted
 
     def prepare_weights(self) -> None:
-        """Stage one's weights, which the denoiser may start from."""
+        """Stage one's weights, which the denoiser may start from; no gate: a validation shows the refiner as it is."""
         network = self.refinement
+        network.gate = Gate(network.foreground)
         if self.is_ddp and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in network.denoiser.modules()):
             raise NotImplementedError("Several GPUs with batch normalisation: use plans with instance normalisation.")
         weights = network_weights(self.stage_one_checkpoint)

@@ -5,15 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from nnunet_diffrefine.config import BLOCK
 from nnunet_diffrefine.training.optimisation import ema_model, swapped_weights
+from nnunet_diffrefine.training.prepare import differing_settings
 from nnunet_diffrefine.training.trainer_base import BaseTrainer
 
-EXTRA = "diffrefine"
+EXTRA = BLOCK
+"""Entry of a checkpoint for what nnU-Net's do not hold."""
 
 
 class AveragedTrainer(BaseTrainer):
@@ -106,7 +110,17 @@ class AveragedTrainer(BaseTrainer):
         os.replace(temporary, filename)
 
     def check_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse, with a ``RuntimeError`` and before anything changes, a checkpoint of another training."""
+        """Refuse a checkpoint of other settings, with a ``RuntimeError`` and before anything changes."""
+        plans, configuration = (checkpoint["init_args"][key] for key in ("plans", "configuration"))
+        before = plans["configurations"][configuration].get(BLOCK)
+        now = self.plans_manager.plans["configurations"][self.configuration_name][BLOCK]
+        if before and (differing := differing_settings(before, now, asdict(type(self.config)()))):
+            raise RuntimeError(
+                f"The checkpoint of fold {self.fold} in {self.output_folder} was trained with other diffrefine "
+                f"settings than the plans (-p) now have ({', '.join(differing)}). Restore them, or write the new ones "
+                "under another plans name (nnUNetv2_diffrefine plan -d DATASET -o NEW_PLANS) and train with "
+                "-p NEW_PLANS."
+            )
 
     def load_checkpoint(self, filename_or_checkpoint: str) -> None:
         """Restore nnU-Net's state, then the raw and averaged weights and the rest.

@@ -1,5 +1,6 @@
 """``--c`` and ``--val``: a checkpoint is loaded into the training that it is of, or refused before anything changes."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from nnunet_diffrefine.config import BLOCK, ConfigError
 from nnunet_diffrefine.networks.denoiser import TimeConditionedUNet
 from nnunet_diffrefine.paths import StageOneId, fold_folder, model_folder, preprocessed_dataset, splits_file
+from nnunet_diffrefine.plans import with_gate
 from nnunet_diffrefine.stage_one.fingerprint import file_sha256, splits_sha256
 from nnunet_diffrefine.stage_one.leak import LeakError
 from nnunet_diffrefine.stage_one.manifest import FoldRecord, Manifest
@@ -128,3 +130,28 @@ def test_what_an_earlier_version_did_not_record_stays_unknown(data, saved):
     trainer.load_checkpoint(str(file))
     trainer.save_checkpoint(str(file))
     assert torch.load(file, weights_only=False)[BLOCK][ORIGIN] == {}
+
+
+@pytest.mark.parametrize(
+    ("block", "differing"), [({"sampling": {"steps": 2}}, "(sampling)"), ({"training": {"warmup": 0.2}}, "(training)")]
+)
+def test_other_settings_are_refused_in_the_only_fold_too(saved, block, differing):
+    refused(saved[0], trainer_of(**block), "fold 0", differing, "-o NEW_PLANS", "-p NEW_PLANS")
+
+
+def test_no_training_sees_the_gate_and_the_model_folder_keeps_it(saved):
+    """Whatever the number of folds: a validation shows the refiner as it is."""
+    file, _ = saved
+    gate, plans = {"unchanged": ["core", "rim"], "offsets": {}}, model_folder(DATASET, OWN) / "plans.json"
+    write_json(plans, with_gate(json.loads(plans.read_text()), "3d_fullres", gate))
+    first, second = trainer_of(), trainer_of(fold=1)
+    first.load_checkpoint(str(file))
+    second.initialize()
+    image = torch.randn(1, 1, 8, 8, 8)
+    for trainer in (first, second):
+        network = trainer.network.eval()
+        trainer.set_deep_supervision_enabled(False)
+        stage_one = network.stage_one_logits(image)
+        assert torch.equal(network(image), network.refined(image, stage_one))
+        assert not network.gate.unchanged
+    assert second.plans_manager.plans["configurations"]["3d_fullres"][BLOCK]["gate"] == gate
