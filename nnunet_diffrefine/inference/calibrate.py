@@ -6,6 +6,7 @@ runs through :func:`refine_volume`, as in ``apply``, with the gate open.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -64,6 +65,7 @@ class Plan:
         data: preprocessed cases with priors.
         region: what counts as doubtful.
         checkpoints: SHA-256 of each fold's.
+        references: SHA-256 of each case's preprocessed segmentation.
         store: folder of what is kept of the cases.
     """
 
@@ -74,6 +76,7 @@ class Plan:
     data: PriorDataset
     region: RegionSettings
     checkpoints: Mapping[int, str]
+    references: Mapping[str, str]
     store: Path
 
     @property
@@ -86,6 +89,7 @@ class Plan:
         return {
             "format": 1, "checkpoint": self.checkpoints[fold], "prior": self.manifest.cases[case].sha256,
             "region": asdict(self.region), "sampling": asdict(self.model.network.sampling),
+            "reference": self.references[case],
         }  # fmt: skip
 
     def file(self, case: str) -> Path:
@@ -158,7 +162,13 @@ def checked(request: CalibrationRequest) -> Plan:
     data = PriorDataset(_dataset(dataset, model.settings.data_identifier, cases), priors)
     checkpoints = {fold: file_sha256(folder / f"fold_{fold}" / request.checkpoint) for fold in folds}
     store = calibration_folder(dataset, request.refiner)
-    return Plan(model, folds, cases, manifest, data, region, checkpoints, store)
+    hashes = {case: _reference_sha256(data, case) for of_fold in cases.values() for case in of_fold}
+    return Plan(model, folds, cases, manifest, data, region, checkpoints, hashes, store)
+
+
+def _reference_sha256(data: PriorDataset, case: str) -> str:
+    segmentation = np.ascontiguousarray(data.dataset.load_case(case)[1][:])
+    return hashlib.sha256(repr(segmentation.shape).encode() + segmentation.tobytes()).hexdigest()
 
 
 def _validation_cases(dataset: str, stage_one: StageOneId, folds: Sequence[int]) -> dict[int, list[str]]:

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 
 from nnunet_diffrefine.calibration.record import FILE
 from nnunet_diffrefine.config import BLOCK
@@ -15,7 +16,7 @@ from nnunet_diffrefine.inference import calibrate as module
 from nnunet_diffrefine.inference import calibrate_command
 from nnunet_diffrefine.inference.calibrate import calibrate
 from nnunet_diffrefine.inference.decided import override, read_record, with_record
-from nnunet_diffrefine.paths import calibration_folder, fold_folder, splits_file
+from nnunet_diffrefine.paths import calibration_folder, fold_folder, preprocessed_dataset, splits_file
 from nnunet_diffrefine.stage_one.fingerprint import file_sha256, splits_sha256
 from nnunet_diffrefine.stage_one.leak import LeakError
 from nnunet_diffrefine.stage_one.manifest import FoldRecord, Manifest
@@ -170,6 +171,20 @@ class TestContinue:
         refined.clear()
         assert calibrate(model.request()) == record
         assert refined == [CASES[1]]
+
+    def test_a_changed_reference_is_seen(self, model, refined):
+        """Corrected in place and preprocessed again, with images and priors as they were."""
+        before = calibrate(model.request())
+        labels = reference(CASES[2])[None]
+        image = labels.astype(np.float32)
+        labels[labels == 2] = 0
+        file = preprocessed_dataset(DATASET) / "nnUNetPlans_3d_fullres" / CASES[2]
+        for old in file.parent.glob(f"{CASES[2]}*"):
+            old.unlink()
+        nnUNetDatasetBlosc2.save_case(image, labels, {}, str(file), chunks=image.shape, blocks=image.shape)
+        refined.clear()
+        assert calibrate(model.request()).classes["rim"].stage_one < before.classes["rim"].stage_one
+        assert refined == [CASES[2]]
 
     def test_another_region_is_another_calibration(self, model, refined):
         calibrate(model.request())
