@@ -139,11 +139,20 @@ def measure(cases: Cases, folds: Sequence[int], foreground: Foreground, flips: b
         folds: of each case.
         foreground: meaning of the R channels.
         flips: whether the refiner has calibrated thresholds already; no offsets are then tried.
+
+    Raises:
+        RuntimeError: no case has a voxel in its doubtful region.
     """
     candidates = OFFSETS[:1] if flips else OFFSETS
     group, first = groups(folds), _First(max(SAMPLE // len(folds), 1))
     for case in cases():
         first.add(case, foreground, candidates)
+    if not any(truth.shape[-1] for truth in first.truth):
+        raise RuntimeError(
+            f"No annotated voxel of the {len(folds)} case(s) is in doubt: stage one is sure everywhere, or finds "
+            "nothing, so there is nothing to measure. Widen the region (nnUNetv2_diffrefine calibrate --everywhere), "
+            "or leave the model uncalibrated."
+        )
     stage_one = np.stack(first.stage_one)
     offsets = choose_offsets(cases, np.stack(first.tables), group, foreground, candidates)
     differences, keep = gated_classes(stage_one, offsets.refined)

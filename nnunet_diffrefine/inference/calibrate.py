@@ -6,6 +6,7 @@ runs through :func:`refine_volume`, as in ``apply``, with the gate open.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,9 +22,10 @@ from nnunet_diffrefine import __version__
 from nnunet_diffrefine.calibration.measure import measure
 from nnunet_diffrefine.calibration.record import Record, record_of
 from nnunet_diffrefine.calibration.voxels import CaseVoxels, gather, load, save
+from nnunet_diffrefine.config import BLOCK
 from nnunet_diffrefine.data import PriorDataset
 from nnunet_diffrefine.inference.decided import put_down, read_record
-from nnunet_diffrefine.inference.model import Model, load_model, trained_folds
+from nnunet_diffrefine.inference.model import Model, load_model, read_checkpoint, trained_folds
 from nnunet_diffrefine.inference.refine import RefineOptions, refine_volume
 from nnunet_diffrefine.inference.region import RegionSettings, doubtful_region
 from nnunet_diffrefine.inference.volume import references, whole
@@ -34,6 +36,7 @@ from nnunet_diffrefine.plans import read_block
 from nnunet_diffrefine.stage_one.fingerprint import file_sha256
 from nnunet_diffrefine.stage_one.leak import open_export
 from nnunet_diffrefine.stage_one.manifest import Manifest
+from nnunet_diffrefine.stage_one.origin import ORIGIN, check_origin, check_validated, origin_of
 from nnunet_diffrefine.stage_one.splits import read_splits
 
 
@@ -62,6 +65,7 @@ class Plan:
         data: preprocessed cases with priors.
         region: what counts as doubtful.
         checkpoints: SHA-256 of each fold's.
+        references: SHA-256 of each case's preprocessed segmentation.
         store: folder of what is kept of the cases.
     """
 
@@ -72,6 +76,7 @@ class Plan:
     data: PriorDataset
     region: RegionSettings
     checkpoints: Mapping[int, str]
+    references: Mapping[str, str]
     store: Path
 
     @property
@@ -84,6 +89,7 @@ class Plan:
         return {
             "format": 1, "checkpoint": self.checkpoints[fold], "prior": self.manifest.cases[case].sha256,
             "region": asdict(self.region), "sampling": asdict(self.model.network.sampling),
+            "reference": self.references[case],
         }  # fmt: skip
 
     def file(self, case: str) -> Path:
@@ -152,10 +158,17 @@ def checked(request: CalibrationRequest) -> Plan:
     stage_one = StageOneId(record["trainer"], record["plans"], record["configuration"])
     manifest, priors = open_export(dataset, stage_one, model.plans, model.configuration, model.dataset_json)
     cases = _validation_cases(dataset, stage_one, folds)
+    _refuse_other_origin(dataset, request, model, manifest, cases)
     data = PriorDataset(_dataset(dataset, model.settings.data_identifier, cases), priors)
     checkpoints = {fold: file_sha256(folder / f"fold_{fold}" / request.checkpoint) for fold in folds}
     store = calibration_folder(dataset, request.refiner)
-    return Plan(model, folds, cases, manifest, data, region, checkpoints, store)
+    hashes = {case: _reference_sha256(data, case) for of_fold in cases.values() for case in of_fold}
+    return Plan(model, folds, cases, manifest, data, region, checkpoints, hashes, store)
+
+
+def _reference_sha256(data: PriorDataset, case: str) -> str:
+    segmentation = np.ascontiguousarray(data.dataset.load_case(case)[1][:])
+    return hashlib.sha256(repr(segmentation.shape).encode() + segmentation.tobytes()).hexdigest()
 
 
 def _validation_cases(dataset: str, stage_one: StageOneId, folds: Sequence[int]) -> dict[int, list[str]]:
@@ -167,6 +180,23 @@ def _validation_cases(dataset: str, stage_one: StageOneId, folds: Sequence[int])
         raise RuntimeError(f"Fold(s) {empty} have no validation cases in splits_final.json of {dataset}, so nothing "
                            "can be measured on them. Leave them out (-f).")  # fmt: skip
     return cases
+
+
+def _refuse_other_origin(
+    dataset: str, request: CalibrationRequest, model: Model, manifest: Manifest, cases: Mapping[int, list[str]]
+) -> None:
+    """Each fold must contain the exported stage one, and must not have been trained on the cases that it refines now.
+
+    A checkpoint that does not record its split is judged by nnU-Net's validation of the fold, where that has run.
+    """
+    splits = read_splits(dataset, manifest.stage_one.stage_one)
+    for fold in cases:
+        at = model.folder / f"fold_{fold}"
+        recorded = read_checkpoint(at / request.checkpoint)[BLOCK].get(ORIGIN, {})
+        check_origin(recorded, origin_of(manifest, splits, fold), dataset, request.refiner, fold)
+        if "split" not in recorded:
+            summary, ending = at / "validation" / "summary.json", model.dataset_json["file_ending"]
+            check_validated(summary, ending, cases[fold], dataset, request.refiner, fold)
 
 
 def _dataset(dataset: str, identifier: str, cases: Mapping[int, list[str]]) -> Any:  # noqa: ANN401 (nnU-Net's)

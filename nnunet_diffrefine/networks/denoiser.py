@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nnunet_diffrefine.config import ConfigError
 from nnunet_diffrefine.networks.condition_encoder import ConditionEncoder
 from nnunet_diffrefine.networks.prior_skip import PriorSkip
 from nnunet_diffrefine.networks.time_embedding import FiLM, TimeEmbedding
@@ -106,9 +107,9 @@ class TimeConditionedUNet(nn.Module):
         return outputs[::-1] if decoder.deep_supervision else outputs[0]
 
     def start_from(self, weights: dict[str, Tensor], head: bool = True) -> int:
-        """Copy another U-Net's weights where shapes agree, its encoder's also into the encoder of the condition.
+        """Copy another U-Net's weights, its encoder's also into the encoder of the condition.
 
-        Input convolutions get zeros for the new channels.
+        Input convolutions get zeros for the new channels. Output layers are copied where shapes agree.
 
         Args:
             weights: state dict of a U-Net of the same plan whose inputs are this one's first channels.
@@ -116,8 +117,12 @@ class TimeConditionedUNet(nn.Module):
 
         Returns:
             The number of tensors copied.
+
+        Raises:
+            ConfigError: some of them, output layers aside, have no place here; nothing is copied then.
         """
         head = head and self.skip is None
+        _refuse_strangers(self.unet, weights)
         copied = _copy_into(self.unet, {k: v for k, v in weights.items() if head or "seg_layers" not in k})
         if self.condition is None:
             return copied
@@ -126,20 +131,34 @@ class TimeConditionedUNet(nn.Module):
         return copied + _copy_into(self.condition.encoder, inner)
 
 
+def _refuse_strangers(module: nn.Module, weights: dict[str, Tensor]) -> None:
+    own = module.state_dict()
+    inner = {name: value for name, value in weights.items() if "seg_layers" not in name}
+    if strangers := [name for name, value in inner.items() if name not in own or not _fits(value, own[name])]:
+        raise ConfigError(
+            "diffrefine setting 'training.initial_weights' is 'stage_one', but stage one is another architecture than "
+            f"the refiner: {len(strangers)} of its {len(weights)} tensors have no place there, the first is "
+            f"{strangers[0]}. Set training.initial_weights=random, or train the refiner on stage one's plans (-p)."
+        )
+
+
+def _fits(value: Tensor, target: Tensor) -> bool:
+    """Whether a tensor can be copied into another, of the same shape or of more input channels."""
+    alike = target.shape[:1] == value.shape[:1] and target.shape[2:] == value.shape[2:]
+    return target.shape == value.shape or (alike and value.ndim > 2 and target.shape[1] > value.shape[1])
+
+
 def _copy_into(module: nn.Module, weights: dict[str, Tensor]) -> int:
-    """Copy tensors of equal name and shape, or of fewer input channels; the number of them."""
+    """Copy tensors that fit under their name, with zeros for new input channels; the number of them."""
     own, copied = module.state_dict(), 0
     for name, value in weights.items():
-        if name not in own:
+        target = own.get(name)
+        if target is None or not _fits(value, target):
             continue
-        target, fits = own[name], own[name].shape[2:] == value.shape[2:] and own[name].shape[:1] == value.shape[:1]
-        if target.shape == value.shape:
-            target.copy_(value)
-        elif fits and value.ndim > 2 and target.shape[1] > value.shape[1]:
+        if target.shape != value.shape:
             target.zero_()
-            target[:, : value.shape[1]].copy_(value)
-        else:
-            continue
+            target = target[:, : value.shape[1]]
+        target.copy_(value)
         copied += 1
     return copied
 

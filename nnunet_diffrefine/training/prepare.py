@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +23,9 @@ from nnunet_diffrefine.paths import (
 from nnunet_diffrefine.plans import GATE, Resolved, merge, settings, with_block, with_gate
 from nnunet_diffrefine.stage_one.fingerprint import resolve_configuration
 from nnunet_diffrefine.stage_one.leak import open_export
-from nnunet_diffrefine.stage_one.manifest import Manifest
+from nnunet_diffrefine.stage_one.manifest import Manifest, ModelRecord
 from nnunet_diffrefine.stage_one.mending import export_command
+from nnunet_diffrefine.stage_one.origin import origin_of
 from nnunet_diffrefine.stage_one.splits import read_splits
 from nnunet_diffrefine.stage_one.store import PriorStore
 
@@ -37,6 +40,7 @@ class Prepared:
         resolved: record that goes into the model folder.
         store: stage one's out-of-fold predictions.
         checkpoint: stage one's checkpoint of this fold.
+        origin: fingerprints of that and of the fold's split.
     """
 
     plans: dict[str, Any]
@@ -44,6 +48,7 @@ class Prepared:
     resolved: Resolved
     store: PriorStore
     checkpoint: Path
+    origin: dict[str, str]
 
 
 def prepare(
@@ -60,7 +65,7 @@ def prepare(
         dataset_json: nnU-Net's dataset description.
 
     Raises:
-        NotImplementedError: a 2D or cascade configuration.
+        NotImplementedError: a 2D or cascade configuration, or a stage one that cannot run in this one's windows.
         ValueError: the plans have no such configuration.
         ConfigError: a setting that cannot be used.
         RuntimeError: no export, several to choose from, fold ``all``, or a leak (:class:`LeakError`).
@@ -71,8 +76,10 @@ def prepare(
     config = settings(settled, method)
     own = StageOneId(trainer, plans["plans_name"], configuration)
     stage_one = find_export(dataset, config.stage_one, own, method)
-    _refuse_fold(dataset, stage_one, fold)
+    splits = read_splits(dataset, stage_one)
+    _refuse_fold(dataset, len(splits), fold)
     manifest, store = open_export(dataset, stage_one, plans, configuration, dataset_json)
+    refuse_other_windows(settled["patch_size"], manifest.stage_one)
     foreground = replace(manifest.foreground.foreground, parents=_parents(manifest, dataset_json))
     resolved = Resolved(asdict(foreground), asdict(manifest.stage_one))
     checkpoint = _checkpoint(dataset, stage_one, manifest, int(fold))
@@ -80,7 +87,7 @@ def prepare(
     plans = with_block(plans, configuration, config, resolved)
     plans = refuse_mixed_settings(own_folder, fold, plans, configuration, RefineConfig().to_dict())
     _refuse_read_only(own_folder)
-    return Prepared(plans, config, resolved, store, checkpoint)
+    return Prepared(plans, config, resolved, store, checkpoint, origin_of(manifest, splits, int(fold)))
 
 
 def find_export(dataset: str, wanted: StageOneConfig, own: StageOneId, method: str) -> StageOneId:
@@ -148,17 +155,21 @@ def refuse_mixed_settings(
     if not others or not file.is_file():
         return plans
     before = json.loads(file.read_text())["configurations"].get(configuration, {}).get(BLOCK)
-    now = json.loads(json.dumps(plans["configurations"][configuration][BLOCK]))
     if before is None:
         return plans
-    had = merge(defaults, before)
-    if differing := sorted(key for key in {*had, *now} - {GATE} if had.get(key) != now.get(key)):
+    if differing := differing_settings(before, plans["configurations"][configuration][BLOCK], defaults):
         raise RuntimeError(
             f"{folder} holds {', '.join(sorted(others))} trained with other diffrefine settings "
             f"({', '.join(differing)}). Train this fold with the same settings, or write the new ones under another "
             "plans name (nnUNetv2_diffrefine plan -d DATASET -o NEW_PLANS) and train with -p NEW_PLANS."
         )
     return with_gate(plans, configuration, before[GATE]) if GATE in before else plans
+
+
+def differing_settings(before: dict[str, Any], now: dict[str, Any], defaults: dict[str, Any]) -> list[str]:
+    """Names of the settings in which two blocks differ, gate aside; what ``before`` lacks counts as ``defaults``."""
+    had, has = json.loads(json.dumps([merge(defaults, before), now]))
+    return sorted(key for key in {*had, *has} - {GATE} if had.get(key) != has.get(key))
 
 
 def _checkpoint(dataset: str, stage_one: StageOneId, manifest: Manifest, fold: int) -> Path:
@@ -184,6 +195,25 @@ def _refuse_unsupported(configuration: dict[str, Any], name: str) -> None:
         )
 
 
+def refuse_other_windows(patch: Sequence[int], model: ModelRecord) -> None:
+    """An exported model runs inside this training's windows, so its strides must divide their sides, where known.
+
+    Raises:
+        NotImplementedError: they do not.
+    """
+    strides = model.architecture.get("arch_kwargs", {}).get("strides")
+    if not strides:
+        return
+    each = [[stride] * len(patch) if isinstance(stride, int) else stride for stride in strides]
+    products = [math.prod(axis) for axis in zip(*each, strict=True)]
+    if len(products) != len(patch) or any(size % product for size, product in zip(patch, products, strict=True)):
+        raise NotImplementedError(
+            f"{model.stage_one.name}, which was exported, divides its windows by {products}, which does not fit "
+            f"windows of {list(patch)}. Train both on the same plans and configuration "
+            f"(-p {model.plans}, {model.configuration})."
+        )
+
+
 def _refuse_read_only(folder: Path) -> None:
     existing = next(f for f in (folder, *folder.parents) if f.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
@@ -193,8 +223,8 @@ def _refuse_read_only(folder: Path) -> None:
         )
 
 
-def _refuse_fold(dataset: str, stage_one: StageOneId, fold: int | str) -> None:
-    folds = range(len(read_splits(dataset, stage_one)))
+def _refuse_fold(dataset: str, number: int, fold: int | str) -> None:
+    folds = range(number)
     if fold == "all":
         raise RuntimeError(
             "Fold 'all' cannot be refined: a model trained on all cases has no out-of-fold prediction of any of them. "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
@@ -42,7 +41,7 @@ from nnunet_diffrefine.stage_one.mending import train_commands
 from nnunet_diffrefine.stage_one.residual import median_quantile
 from nnunet_diffrefine.stage_one.splits import read_splits
 from nnunet_diffrefine.stage_one.store import PriorStore
-from nnunet_diffrefine.training.prepare import ID_KEYS, exported, refuse_mixed_settings
+from nnunet_diffrefine.training.prepare import ID_KEYS, exported, refuse_mixed_settings, refuse_other_windows
 
 STANDARDISED = ("ZScoreNormalization", "CTNormalization")
 Config = TypeVar("Config", SynthesisConfig, ReCoSegConfig)
@@ -133,7 +132,7 @@ def prepare_recoseg(
     manifest, store = open_export(dataset, synthesis, plans, configuration, dataset_json, folder)
     if (channel := manifest.channel) is None:
         raise RuntimeError(f"{folder} holds no synthesis, although it should. Delete it and export again.")
-    _refuse_other_windows(settled["patch_size"], manifest.stage_one.architecture, synthesis)
+    refuse_other_windows(settled["patch_size"], manifest.stage_one)
     parents = nesting_from_labels(manifest.foreground.regions or ())
     resolved = {
         "foreground": asdict(replace(manifest.foreground.foreground, parents=parents)),
@@ -213,13 +212,3 @@ def _refuse_fold(dataset: str, own: StageOneId, fold: int | str) -> None:
         )
     if int(fold) not in folds:
         raise RuntimeError(f"Fold {fold} is not in {splits_file(dataset)}, which defines folds 0..{folds[-1]}.")
-
-
-def _refuse_other_windows(patch: Sequence[int], architecture: Mapping[str, Any], synthesis: StageOneId) -> None:
-    """The synthesis runs inside the segmentation's windows, so its strides must divide them."""
-    strides = [math.prod(axis) for axis in zip(*architecture["arch_kwargs"]["strides"], strict=True)]
-    if len(strides) != len(patch) or any(size % stride for size, stride in zip(patch, strides, strict=True)):
-        raise NotImplementedError(
-            f"The synthesis {synthesis.name} divides its windows by {strides}, which does not fit windows of {patch}. "
-            "Train both on the same plans and configuration."
-        )

@@ -17,12 +17,15 @@ from nnunet_diffrefine.data import PriorDataset, PriorTransform
 from nnunet_diffrefine.errors.augmentation import augment_prior
 from nnunet_diffrefine.methods import DEFAULT_METHOD, AbstractRefineMethod
 from nnunet_diffrefine.networks.denoiser import TimeConditionedUNet
+from nnunet_diffrefine.networks.gate import Gate
 from nnunet_diffrefine.networks.refinement import RefinementNetwork
+from nnunet_diffrefine.paths import StageOneId
+from nnunet_diffrefine.stage_one.origin import ORIGIN, check_origin
 from nnunet_diffrefine.training.build import build_network
 from nnunet_diffrefine.training.curves import RefinementCurves
 from nnunet_diffrefine.training.optimisation import WarmupCosine, mixed_precision
 from nnunet_diffrefine.training.prepare import prepare
-from nnunet_diffrefine.training.trainer_averaged import AveragedTrainer
+from nnunet_diffrefine.training.trainer_averaged import EXTRA, AveragedTrainer
 from nnunet_diffrefine.training.trainer_base import network_weights
 from nnunet_diffrefine.training.trainer_calibration import calibrate, hand_to_best_checkpoint, held_out
 from nnunet_diffrefine.training.trainer_evaluation import evaluate_validation
@@ -58,6 +61,7 @@ class DiffRefineTrainer(AveragedTrainer):
         self.foreground = prepared.resolved.channels()
         self.store = prepared.store
         self.stage_one_checkpoint = prepared.checkpoint
+        self.origin = self.present_origin = prepared.origin
         self.enable_deep_supervision = self.config.training.deep_supervision
         self.curves = RefinementCurves()
         self.step_in_epoch = 0
@@ -83,13 +87,14 @@ class DiffRefineTrainer(AveragedTrainer):
         self.enable_deep_supervision = wanted
 
     def prepare_weights(self) -> None:
-        """Stage one's weights, which the denoiser may start from."""
+        """Stage one's weights, which the denoiser may start from; no gate: a validation shows the refiner as it is."""
         network = self.refinement
+        network.gate = Gate(network.foreground)
         if self.is_ddp and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in network.denoiser.modules()):
             raise NotImplementedError("Several GPUs with batch normalisation: use plans with instance normalisation.")
         weights = network_weights(self.stage_one_checkpoint)
         network.stage_one.load_state_dict(weights)
-        if self.config.training.initial_weights == "stage_one":
+        if self.config.training.initial_weights == "stage_one" and not self.continued:
             masks = not network.method.flips and self.config.process.prediction == "x0"
             copied = network.denoiser.start_from(weights, head=masks)
             self.print_to_log_file(f"The denoiser starts from {copied} tensors of stage one.")
@@ -215,12 +220,20 @@ class DiffRefineTrainer(AveragedTrainer):
         super().on_train_end()
 
     def extra_state(self) -> dict[str, Any]:
-        """The curves."""
-        return {"curves": self.curves.columns}
+        """The curves, and what the fold is trained from (empty if its training began before that was recorded)."""
+        return {"curves": self.curves.columns, ORIGIN: self.origin}
 
     def restore_extra_state(self, state: dict[str, Any]) -> None:
-        """The curves."""
+        """The curves, and what the fold was trained from."""
         self.curves = RefinementCurves(*(list(column) for column in state["curves"]))
+        self.origin = state.get(ORIGIN, {})
+
+    def check_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint that contains another stage one than the exported one, or saw other cases."""
+        super().check_checkpoint(checkpoint)
+        own = StageOneId(type(self).__name__, self.plans_manager.plans_name, self.configuration_name)
+        recorded, dataset = checkpoint[EXTRA].get(ORIGIN, {}), self.plans_manager.dataset_name
+        check_origin(recorded, self.present_origin, dataset, own, self.fold)
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """nnU-Net's validation of the network that users get: averaged weights, stage one inside; then our metrics."""

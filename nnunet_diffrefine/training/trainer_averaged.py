@@ -5,15 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from nnunet_diffrefine.config import BLOCK
 from nnunet_diffrefine.training.optimisation import ema_model, swapped_weights
+from nnunet_diffrefine.training.prepare import differing_settings
 from nnunet_diffrefine.training.trainer_base import BaseTrainer
 
-EXTRA = "diffrefine"
+EXTRA = BLOCK
+"""Entry of a checkpoint for what nnU-Net's do not hold."""
 
 
 class AveragedTrainer(BaseTrainer):
@@ -24,6 +28,8 @@ class AveragedTrainer(BaseTrainer):
     """
 
     generator: torch.Generator
+    continued = False
+    """Whether the weights come from a checkpoint, so that what a new training starts from does not matter."""
 
     def take_settings(self, config: Any) -> None:  # noqa: ANN401 (a settings dataclass)
         """Keep the settings and pass on to nnU-Net what it has its own attributes for; to be called by constructors."""
@@ -103,11 +109,24 @@ class AveragedTrainer(BaseTrainer):
         torch.save(checkpoint, temporary)
         os.replace(temporary, filename)
 
+    def check_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of other settings, with a ``RuntimeError`` and before anything changes."""
+        plans, configuration = (checkpoint["init_args"][key] for key in ("plans", "configuration"))
+        before = plans["configurations"][configuration].get(BLOCK)
+        now = self.plans_manager.plans["configurations"][self.configuration_name][BLOCK]
+        if before and (differing := differing_settings(before, now, asdict(type(self.config)()))):
+            raise RuntimeError(
+                f"The checkpoint of fold {self.fold} in {self.output_folder} was trained with other diffrefine "
+                f"settings than the plans (-p) now have ({', '.join(differing)}). Restore them, or write the new ones "
+                "under another plans name (nnUNetv2_diffrefine plan -d DATASET -o NEW_PLANS) and train with "
+                "-p NEW_PLANS."
+            )
+
     def load_checkpoint(self, filename_or_checkpoint: str) -> None:
         """Restore nnU-Net's state, then the raw and averaged weights and the rest.
 
         Raises:
-            RuntimeError: the file cannot be read, or no trainer of this package wrote it.
+            RuntimeError: the file cannot be read, no trainer of this package wrote it, or it is of another training.
         """
         try:
             checkpoint = torch.load(filename_or_checkpoint, map_location=self.device, weights_only=False)
@@ -117,6 +136,8 @@ class AveragedTrainer(BaseTrainer):
                 f"{filename_or_checkpoint} is not a complete checkpoint of {type(self).__name__} ({error}). "
                 "Delete it; --c then continues from the next older one (latest, best), or starts anew."
             ) from error
+        self.check_checkpoint(checkpoint)
+        self.continued = True
         super().load_checkpoint(filename_or_checkpoint)
         self.denoiser.load_state_dict(extra["denoiser"])
         self.ema.load_state_dict(extra["ema"])

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import Tensor, nn
 
@@ -37,6 +38,12 @@ class BaseTrainer(nnUNetTrainer):
 
     def prepare_weights(self) -> None:
         """Load what the training starts from, once there is a network and before anything is compiled."""
+
+    def on_train_end(self) -> None:
+        """nnU-Net's end; no rank goes on before the first has written its checkpoints: ``--val_best`` loads one."""
+        super().on_train_end()
+        if self.is_ddp:
+            dist.barrier()
 
     def _do_i_compile(self) -> bool:
         # Only the trained part is compiled (initialize): sampling has branches that depend on the data.

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from nnunet_diffrefine.data import PriorDataset
 from nnunet_diffrefine.inference.volume import GivenPrior, references, volume_predictor, whole
@@ -88,12 +89,17 @@ def calibrate(trainer: DiffRefineTrainer, cases: Sequence[str]) -> None:
 
 
 def hand_to_best_checkpoint(trainer: BaseTrainer, names: Sequence[str] = ("thresholds",)) -> None:
-    """Write the network's buffers of these names into the best checkpoint too, atomically: it was saved before."""
+    """Write the network's buffers of these names into the best checkpoint too, atomically: it was saved before.
+
+    All ranks get the first one's thresholds: each has chosen its own, and devices differ in the last bits.
+    """
+    network: Any = trainer.network.module if trainer.is_ddp else trainer.network
+    if trainer.is_ddp:
+        dist.broadcast(network.thresholds, 0)
     file = Path(trainer.output_folder) / "checkpoint_best.pth"
     if trainer.local_rank != 0 or trainer.disable_checkpointing or not file.is_file():
         return
     checkpoint = torch.load(file, map_location="cpu", weights_only=False)
-    network: Any = trainer.network.module if trainer.is_ddp else trainer.network
     checkpoint["network_weights"].update({name: getattr(network, name).cpu() for name in names})
     temporary = file.with_suffix(".pth.tmp")
     torch.save(checkpoint, temporary)

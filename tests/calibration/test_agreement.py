@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from nnunet_diffrefine.batch import Foreground
 from nnunet_diffrefine.calibration.agreement import (
     Line,
     dice_scores,
@@ -10,6 +11,8 @@ from nnunet_diffrefine.calibration.agreement import (
     fit_line,
     predicted_dice,
 )
+from nnunet_diffrefine.calibration.measure import measure
+from nnunet_diffrefine.calibration.voxels import CaseVoxels
 
 RNG = np.random.default_rng(0)
 P = RNG.uniform(0, 1, 400).round(2)
@@ -39,6 +42,15 @@ class TestErrors:
         found = error_scores(P, np.zeros_like(WRONG), DOUBT)
         assert found.auroc is None
         assert found.auroc_doubt is None
+
+
+def test_nothing_in_doubt_is_refused_not_written_as_nan():
+    foreground = Foreground(("a",), exclusive=True)
+    outside = np.array([[50.0], [60], [70], [60], [50]])
+    none = np.zeros((1, 0))
+    cases = [CaseVoxels(name, k, none, none, none > 0, outside, 30) for k, name in enumerate("ab")]
+    with pytest.raises(RuntimeError, match=r"No annotated voxel of the 2 case\(s\) is in doubt.*--everywhere"):
+        measure(lambda: iter(cases), [0, 1], foreground, flips=False)
 
 
 class TestDice:

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 
 from nnunet_diffrefine.calibration.record import FILE
+from nnunet_diffrefine.config import BLOCK
 from nnunet_diffrefine.inference import calibrate as module
 from nnunet_diffrefine.inference import calibrate_command
 from nnunet_diffrefine.inference.calibrate import calibrate
 from nnunet_diffrefine.inference.decided import override, read_record, with_record
-from nnunet_diffrefine.paths import calibration_folder, splits_file
+from nnunet_diffrefine.paths import calibration_folder, fold_folder, preprocessed_dataset, splits_file
+from nnunet_diffrefine.stage_one.fingerprint import file_sha256, splits_sha256
 from nnunet_diffrefine.stage_one.leak import LeakError
+from nnunet_diffrefine.stage_one.manifest import FoldRecord, Manifest
+from nnunet_diffrefine.stage_one.origin import ORIGIN, origin_of
 from nnunet_diffrefine.stage_one.splits import read_splits
 from tests.inference.calibrated import CASES, REFINER, Calibrated, prior, reference
 from tests.stage_one import conftest as tiny_dataset
-from tests.stage_one.tiny import DATASET, STAGE_ONE, write_json
+from tests.stage_one.tiny import DATASET, SPLITS, STAGE_ONE, write_json
 
 folders, paper = tiny_dataset.folders, tiny_dataset.paper
 
@@ -28,7 +34,39 @@ def model(paper, monkeypatch):
     calibrated = Calibrated(paper.folder)
     calibrated.write(paper.manifest)
     monkeypatch.setattr(module, "load_model", calibrated.load)
+    calibrated.recorded = {}  # of each fold, what its checkpoint says it was trained from
+    monkeypatch.setattr(
+        module,
+        "read_checkpoint",
+        lambda file: {BLOCK: {ORIGIN: of} if (of := calibrated.recorded.get(int(file.parent.name[-1]))) else {}},
+    )
     return calibrated
+
+
+def change_splits(model):
+    """Exchange the folds' validation cases, and leave behind what training and exporting stage one again would."""
+    splits = SPLITS[::-1]
+    write_json(splits_file(DATASET), splits)
+    manifest = Manifest.read(model.export)
+    cases = {name: replace(case, fold=1 - case.fold) for name, case in manifest.cases.items()}
+    replace(manifest, splits_sha256=splits_sha256(splits), cases=cases).write(model.export)
+    for fold in (0, 1):
+        train_stage_one_again(model, fold)
+
+
+def train_stage_one_again(model, fold):
+    """Another checkpoint of stage one, exported."""
+    file = fold_folder(DATASET, STAGE_ONE, fold) / "checkpoint_final.pth"
+    file.write_bytes(f"trained again, fold {fold}".encode())
+    manifest = Manifest.read(model.export)
+    record = FoldRecord(file.name, file_sha256(file), file.stat().st_size)
+    replace(manifest, folds={**manifest.folds, fold: record}).write(model.export)
+
+
+def record_origins(model):
+    """As trainings record it."""
+    manifest, splits = Manifest.read(model.export), read_splits(DATASET, STAGE_ONE)
+    model.recorded.update({fold: origin_of(manifest, splits, fold) for fold in (0, 1)})
 
 
 @pytest.fixture
@@ -134,6 +172,20 @@ class TestContinue:
         assert calibrate(model.request()) == record
         assert refined == [CASES[1]]
 
+    def test_a_changed_reference_is_seen(self, model, refined):
+        """Corrected in place and preprocessed again, with images and priors as they were."""
+        before = calibrate(model.request())
+        labels = reference(CASES[2])[None]
+        image = labels.astype(np.float32)
+        labels[labels == 2] = 0
+        file = preprocessed_dataset(DATASET) / "nnUNetPlans_3d_fullres" / CASES[2]
+        for old in file.parent.glob(f"{CASES[2]}*"):
+            old.unlink()
+        nnUNetDatasetBlosc2.save_case(image, labels, {}, str(file), chunks=image.shape, blocks=image.shape)
+        refined.clear()
+        assert calibrate(model.request()).classes["rim"].stage_one < before.classes["rim"].stage_one
+        assert refined == [CASES[2]]
+
     def test_another_region_is_another_calibration(self, model, refined):
         calibrate(model.request())
         calibrate(model.request(region={"margin": 1}))
@@ -221,6 +273,39 @@ class TestRefused:
         )
         with pytest.raises(LeakError, match="splits_final.json changed"):
             calibrate(model.request())
+
+    @pytest.mark.parametrize("known_by", ["nnU-Net's validation", "the checkpoint"])
+    def test_a_refiner_trained_under_other_splits(self, model, refined, known_by):
+        """Stage one was trained and exported again, so its own leak check has nothing to say."""
+        if known_by == "the checkpoint":
+            record_origins(model)
+        else:
+            for fold, split in enumerate(SPLITS):
+                of_cases = [{"prediction_file": f"{model.folder}/fold_{fold}/{c}.nii.gz"} for c in split["val"]]
+                summary = model.checkpoint(fold).parent / "validation" / "summary.json"
+                write_json(summary, {"metric_per_case": of_cases})
+            assert calibrate(model.request()).cases == len(CASES)
+            refined.clear()
+        change_splits(model)
+        with pytest.raises(
+            LeakError, match=rf"Fold 0 of {REFINER.name} .*in a folder without checkpoints.*nnUNetv2_tr"
+        ):
+            calibrate(model.request())
+        assert refined == []
+
+    def test_a_refiner_that_contains_another_stage_one(self, model, refined):
+        record_origins(model)
+        assert calibrate(model.request()).cases == len(CASES)
+        refined.clear()
+        train_stage_one_again(model, 1)
+        with pytest.raises(RuntimeError, match=r"Fold 1 of .* contains another stage one .* or restore the export"):
+            calibrate(model.request())
+        assert refined == []
+        assert calibrate(model.request(folds=(0,))).cases == 2
+
+    def test_what_earlier_versions_did_not_record_is_not_compared(self, model):
+        change_splits(model)
+        assert calibrate(model.request()).cases == len(CASES)
 
     @pytest.mark.parametrize(
         "content", ["{", "[]", '{"format": 7}', '{"format": 1}'], ids=["no JSON", "a list", "format", "fields"]

@@ -7,8 +7,11 @@ from torch import Tensor, nn
 
 from nnunet_diffrefine.networks.condition_encoder import ConditionEncoder
 from nnunet_diffrefine.networks.denoiser import TimeConditionedUNet
+from nnunet_diffrefine.networks.planned import planned_unet
 from nnunet_diffrefine.networks.time_embedding import FiLM, TimeEmbedding, sinusoid
+from nnunet_diffrefine.settings_block import ConfigError
 from tests.builders import generator, unet
+from tests.networks.planned_networks import configuration
 
 KINDS = pytest.mark.parametrize("kind", ["plain", "residual"])
 DEEP = pytest.mark.parametrize("deep", [False, True], ids=["one output", "deep supervision"])
@@ -17,6 +20,13 @@ T = torch.tensor([1, 7])
 
 def images(channels: int = 2) -> Tensor:
     return torch.randn(2, channels, 8, 8, 16, generator=generator())
+
+
+def planned(**changes: list[int]) -> nn.Module:
+    """The plain network of two inputs, with other numbers in its plan."""
+    plan = configuration()
+    plan.configuration["architecture"]["arch_kwargs"] |= changes
+    return planned_unet(plan, 2, 3, deep_supervision=False)
 
 
 def taught(denoiser: TimeConditionedUNet) -> TimeConditionedUNet:
@@ -163,8 +173,21 @@ class TestStartFrom:
                 parameter.add_(1)
         assert all(torch.equal(v, weights[n]) for n, v in stage_one.state_dict().items())
 
-    def test_a_stranger_gives_nothing(self) -> None:
-        assert TimeConditionedUNet(unet()).start_from(nn.Linear(3, 3).state_dict()) == 0
+    @pytest.mark.parametrize("other", ["residual", "wider", "deeper", "a layer"])
+    def test_another_architecture_is_refused_and_nothing_copied(self, other: str) -> None:
+        """Copied in part, it would be no network at all, and only a line of the log would say so."""
+        strangers = {
+            "residual": unet("residual", inputs=2),
+            "wider": planned(features_per_stage=[4, 6, 9]),
+            "deeper": planned(n_conv_per_stage=[1, 1, 2]),
+            "a layer": nn.Linear(3, 3),
+        }
+        denoiser = TimeConditionedUNet(unet(inputs=5, seed=2))
+        before = {n: v.clone() for n, v in denoiser.state_dict().items()}
+        words = r"have no place there.*training.initial_weights=random, or train the refiner on stage one's plans"
+        with pytest.raises(ConfigError, match=words):
+            denoiser.start_from(strangers[other].state_dict())
+        assert all(torch.equal(v, before[n]) for n, v in denoiser.state_dict().items())
 
 
 class NoStages(nn.Module):

@@ -4,6 +4,7 @@ import socket
 import time
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 from nnunet_diffrefine.batch import RefineBatch
 from nnunet_diffrefine.networks.denoiser import TimeConditionedUNet
 from nnunet_diffrefine.networks.refinement import RefinementNetwork
+from nnunet_diffrefine.training.trainer_base import BaseTrainer
+from nnunet_diffrefine.training.trainer_calibration import hand_to_best_checkpoint
 from tests.builders import LABELS, batch_of, generator, method_of, nnunet_loss, unet
 
 RANKS, STEPS = 2, 3
@@ -64,6 +67,20 @@ def train(rank: int, case: dict[str, bool]) -> dict:
     return {"weights": network.state_dict(), "counts": counts}
 
 
+def end(rank: int, folder: Path) -> dict:
+    """The end of a training whose first rank is slow to write: its thresholds, and whether a rank sees the file."""
+    trainer, final = BaseTrainer.__new__(BaseTrainer), folder / "checkpoint_final.pth"  # without folders of nnU-Net
+    trainer.is_ddp, trainer.local_rank, trainer.disable_checkpointing, trainer.current_epoch = True, rank, False, 1
+    trainer.network = SimpleNamespace(module=SimpleNamespace(thresholds=torch.tensor([0.25, torch.inf]) + rank))
+    trainer.output_folder, trainer.device = str(folder), torch.device("cpu")
+    trainer.dataloader_train = trainer.dataloader_val = None
+    trainer.print_to_log_file = lambda *_: None
+    trainer.save_checkpoint = lambda _: None if rank else (time.sleep(1), final.touch())
+    hand_to_best_checkpoint(trainer)
+    trainer.on_train_end()
+    return {"thresholds": trainer.network.module.thresholds, "written": final.is_file()}
+
+
 def work(rank: int, port: int, folder: Path) -> None:
     """One of the processes: all cases, one after the other."""
     torch.set_num_threads(1)
@@ -71,6 +88,7 @@ def work(rank: int, port: int, folder: Path) -> None:
     dist.init_process_group("gloo", address, timedelta(seconds=HANGING), world_size=RANKS, rank=rank)
     for name, case in CASES.items():
         torch.save(train(rank, case), folder / f"{name} {rank}.pt")
+    torch.save(end(rank, folder), folder / f"end {rank}.pt")
     dist.destroy_process_group()
 
 
@@ -127,3 +145,15 @@ def test_two_processes_train_as_one(case: str, results: tuple[Path, str]) -> Non
             torch.testing.assert_close(first["weights"][name], value, atol=1e-6, rtol=0, msg=name)
             moved = max(moved, float((value - start[name]).abs().max()))
     assert moved > 0.01  # ten thousand times what the weights may differ
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="this PyTorch has no gloo")
+def test_all_ranks_end_with_the_first_ones_thresholds_and_files(results: tuple[Path, str]) -> None:
+    """Otherwise ``--val_best`` would load a checkpoint that the first rank is about to replace."""
+    folder, error = results
+    files = [folder / f"end {rank}.pt" for rank in range(RANKS)]
+    assert all(file.is_file() for file in files), error
+    for found in map(torch.load, files):
+        assert found["thresholds"].tolist() == [0.25, float("inf")]
+        assert found["written"]

@@ -346,6 +346,29 @@ def test_an_heirs_own_block_replaces_the_inherited_one(paper):
     )
 
 
+# --- windows ---
+
+
+def with_strides(paper, strides):
+    architecture = tiny_plans()["configurations"]["3d_fullres"]["architecture"]
+    architecture["arch_kwargs"]["strides"] = strides
+    replace(paper.manifest, stage_one=replace(paper.manifest.stage_one, architecture=architecture)).write(paper.folder)
+
+
+@pytest.mark.parametrize("strides", [[[1, 1, 1], [2, 2, 2], [1, 2, 8]], [1, 4, 4], [[1, 1], [2, 2]]])
+def test_a_stage_one_that_cannot_run_in_the_windows(paper, strides):
+    """Its network would fail in the validation, after all of the training."""
+    with_strides(paper, strides)
+    words = STAGE_ONE.name, "does not fit windows of [8, 8, 8]", "same plans", f"-p {STAGE_ONE.plans}"
+    refused(*words, error=NotImplementedError)
+
+
+@pytest.mark.parametrize("strides", [[[1, 1, 1], [2, 2, 2], [1, 4, 1]], [1, 2, 4], None])
+def test_a_stage_one_that_can(paper, strides):
+    with_strides(paper, strides)
+    prepared()
+
+
 # --- leaks and labels -------------------------------------------------------------------------------------------------
 
 
