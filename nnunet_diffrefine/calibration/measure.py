@@ -222,7 +222,7 @@ class _Judged:
 def _judged(case: CaseVoxels, gate: Gate, scalings: dict[str, dict[int, Scaling]]) -> _Judged:
     foreground = gate.foreground
     refined, stage_one = case.logits(foreground)
-    decided = foreground.decide(gate(refined, stage_one))
+    decided = foreground.exported(foreground.decide(gate(refined, stage_one)))
     sums = case.sums(decided)
 
     def predicted(scaling: Scaling) -> np.ndarray:

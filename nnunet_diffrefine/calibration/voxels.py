@@ -33,8 +33,8 @@ class CaseVoxels:
         refined: refined logits (R, N), of exclusive classes relative to the background; half precision.
         prior: stage one's probabilities (R, N) in 255 levels, as they are stored.
         reference: bool, (R, N).
-        outside: sums over the valid voxels outside of the region, (5, R): with m the prior's decision, x_0 the
-            reference and p the prior, those of m x_0, m, x_0, p and p m.
+        outside: sums over the valid voxels outside of the region, (5, R): with m the prior's decision as it is
+            exported, x_0 the reference and p the prior, those of m x_0, m, x_0, p and p m.
         outside_errors: number of valid voxels there at which the prior is wrong.
     """
 
@@ -100,7 +100,7 @@ def gather(
     relative = logits[1:] - logits[:1] if foreground.exclusive else logits
     hard = foreground.decide(foreground.logits(prior[None]))[0] > 0
     inside, rest = region & valid, valid & ~region
-    p, m, x0 = prior[:, rest].double(), hard[:, rest], reference[:, rest]
+    p, m, x0 = prior[:, rest].double(), foreground.exported(hard[None])[0][:, rest], reference[:, rest]
     outside = torch.stack(((m & x0).sum(1), m.sum(1), x0.sum(1), p.sum(1), (p * m).sum(1))).double()
     return CaseVoxels(
         name,
@@ -109,7 +109,7 @@ def gather(
         np.rint(prior[:, inside].numpy() * LEVELS).astype(np.uint8),
         reference[:, inside].numpy(),
         outside.numpy(),
-        int((m != x0).any(0).sum()),
+        int((hard[:, rest] != x0).any(0).sum()),
     )
 
 

@@ -57,7 +57,7 @@ class Judge:
             probabilities: of the classes, (R, D, H, W).
             foreground: meaning of the R channels.
         """
-        m = foreground.decide(logits[None])[0]
+        m = foreground.exported(foreground.decide(logits[None]))[0]
         sums = [x.flatten(1).sum(1, dtype=torch.float64).numpy() for x in (probabilities, m, probabilities * m)]
         found: dict[str, float | None] = {}
         for name, value in zip(self.names, predicted_dice(*sums), strict=True):

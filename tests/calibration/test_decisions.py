@@ -173,6 +173,15 @@ class TestMeasure:
         assert found.keep == [0]
         assert found.result[:, 0].tolist() == found.stage_one[:, 0].tolist()
 
+    def test_the_result_is_the_label_map_that_is_exported(self):
+        """The refiner finds every core, and no whole around it."""
+        cases = [case_of(NESTED, seed, fold=seed % 2) for seed in range(8)]
+        cases = [replace(c, reference=c.reference[[1, 1]]) for c in cases]
+        bare = [replace(c, refined=(8.0 * c.reference - [[9], [4]]).astype(np.float16)) for c in cases]
+        found = measure(lambda: iter(bare), [c.fold for c in bare], NESTED, flips=True)
+        assert found.keep == []
+        assert found.result == pytest.approx(found.offsets.refined)
+
     def test_one_case_alone_is_measured_but_helps_nobody(self):
         case = case_of(LABELS, 0)
         found = measure(lambda: iter([case]), [0], LABELS, flips=False)
