@@ -5,7 +5,7 @@ import torch
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 from nnunet_diffrefine.batch import Foreground, RefineBatch
-from nnunet_diffrefine.errors import nesting_from_labels
+from nnunet_diffrefine.errors.maps import nesting_from_labels
 from tests.builders import IGNORE, LABELS, REGIONS, batch_of, generator, label_maps, target_of, with_ignore
 
 EPS = 1e-4
