@@ -3,7 +3,7 @@
 import torch
 from nnunetv2.training.nnUNetTrainer.variants.optimizer.nnUNetTrainerAdam import nnUNetTrainerAdam1en3
 
-from nnunet_diffrefine.training.optimisation import mixed_precision
+from nnunet_diffrefine.networks.precision import mixed_precision
 from nnunet_diffrefine.training.trainer_recoseg import ReCoSegTrainer
 from nnunet_diffrefine.training.trainer_synthesis import ReCoSegSynthesisTrainer
 

@@ -6,9 +6,10 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
+from nnunet_diffrefine.networks.precision import mixed_precision
 from nnunet_diffrefine.stage_one.trainer import DiffRefineStageOneTrainer
 from nnunet_diffrefine.training.optimisation import WarmupCosine
-from nnunet_diffrefine.training.trainer import DiffRefineTrainer, mixed_precision
+from nnunet_diffrefine.training.trainer import DiffRefineTrainer
 
 LENGTH = {"num_epochs": 6, "num_iterations_per_epoch": 30, "num_val_iterations_per_epoch": 4}
 

@@ -6,7 +6,6 @@ Preprocessed geometry throughout; :mod:`nnunet_diffrefine.inference.geometry` le
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -18,6 +17,7 @@ from nnunet_diffrefine.errors.probability import error_of
 from nnunet_diffrefine.inference.maps import Spread, error_probability
 from nnunet_diffrefine.inference.windows import Window, WindowedDenoiser, hull, shifted, windows_over
 from nnunet_diffrefine.methods.composition import ComposedMethod
+from nnunet_diffrefine.networks.precision import mixed_precision
 from nnunet_diffrefine.networks.refinement import RefinementNetwork, mirrored_mean
 
 CACHE_SHARE = 0.25
@@ -174,7 +174,7 @@ class _Folds:
         def of_copy(image: Tensor, prior: Tensor, corners: Tensor) -> Tensor:
             windows = [mirrored(window, corners, image.shape[2:]) for window in self.windows]
             denoiser = WindowedDenoiser(network.denoiser, windows, self.options.device, cache, self.passed)
-            with torch.autocast("cuda") if self.options.device.type == "cuda" else nullcontext():  # as nnU-Net
+            with mixed_precision(self.options.device):
                 runs = method.runs(denoiser, image, prior, generator)
             single = runs if self.options.uncertainty else []
             return torch.cat([method.evidence_of(part, prior).float() for part in (runs, *([run] for run in single))])

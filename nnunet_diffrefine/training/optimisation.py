@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -59,12 +59,3 @@ def swapped_weights(module: nn.Module, averaged: AveragedModel) -> Iterator[None
         yield
     finally:
         module.load_state_dict(own)
-
-
-def mixed_precision(device: torch.device) -> AbstractContextManager:
-    """Autocast as nnU-Net's on CUDA; bf16 on CPUs that have it in hardware; nothing elsewhere."""
-    if device.type == "cuda":
-        return torch.autocast("cuda")
-    if device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return torch.autocast("cpu", torch.bfloat16)
-    return nullcontext()

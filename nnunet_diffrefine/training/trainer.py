@@ -18,12 +18,13 @@ from nnunet_diffrefine.errors.augmentation import augment_prior
 from nnunet_diffrefine.methods import DEFAULT_METHOD, AbstractRefineMethod
 from nnunet_diffrefine.networks.denoiser import TimeConditionedUNet
 from nnunet_diffrefine.networks.gate import Gate
+from nnunet_diffrefine.networks.precision import mixed_precision
 from nnunet_diffrefine.networks.refinement import RefinementNetwork
 from nnunet_diffrefine.paths import StageOneId
 from nnunet_diffrefine.stage_one.origin import ORIGIN, check_origin
 from nnunet_diffrefine.training.build import build_network
 from nnunet_diffrefine.training.curves import RefinementCurves
-from nnunet_diffrefine.training.optimisation import WarmupCosine, mixed_precision
+from nnunet_diffrefine.training.optimisation import WarmupCosine
 from nnunet_diffrefine.training.prepare import prepare
 from nnunet_diffrefine.training.trainer_averaged import EXTRA, AveragedTrainer
 from nnunet_diffrefine.training.trainer_base import network_weights

@@ -15,13 +15,13 @@ from torch.nn import functional as F
 from nnunet_diffrefine.data.residuals import TargetChannelTransform
 from nnunet_diffrefine.methods.recoseg import Synthesis
 from nnunet_diffrefine.methods.recoseg_settings import SynthesisConfig
+from nnunet_diffrefine.networks.precision import mixed_precision
 from nnunet_diffrefine.networks.recoseg import SynthesisNetwork
 from nnunet_diffrefine.paths import StageOneId
 from nnunet_diffrefine.stage_one.export import export
 from nnunet_diffrefine.training.plateau import HalvedOnPlateau
 from nnunet_diffrefine.training.recoseg import prepare_synthesis
 from nnunet_diffrefine.training.recoseg_build import synthesis_of
-from nnunet_diffrefine.training.trainer import mixed_precision
 from nnunet_diffrefine.training.trainer_averaged import AveragedTrainer
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import nn
 
+from nnunet_diffrefine.inference import refine
 from nnunet_diffrefine.inference.refine import RefineOptions, refine_volume
 from nnunet_diffrefine.inference.windows import WindowedDenoiser, all_windows, gaussian, windows_over
 from nnunet_diffrefine.networks.condition_encoder import ConditionEncoder
 from nnunet_diffrefine.networks.denoiser import TimeConditionedUNet
+from nnunet_diffrefine.networks.precision import mixed_precision
 from tests.builders import LABELS, REGIONS, SPACE, TinyDenoiser, generator, method_of, network_of, unet
 from tests.inference.small import Everywhere, Identity, NeverFlips, network_with
 
@@ -62,6 +66,28 @@ def network(foreground, settings, axes=(), **sampling):
     return network_of(
         foreground, settings.get("name", "bridge"), axes=axes, **sampled(foreground, settings, **sampling)
     )
+
+
+@pytest.fixture(autouse=True)
+def float32(monkeypatch):
+    """On the CPU, so that tolerances speak of the algorithm and not of bf16."""
+    monkeypatch.setattr(refine, "mixed_precision", lambda d: nullcontext() if d.type == "cpu" else mixed_precision(d))
+
+
+class TestPrecision:
+    @BOTH
+    def test_bf16_changes_probabilities_by_its_rounding_alone(self, foreground, monkeypatch):
+        net = network(foreground, METHODS["bridge"])
+        image, prior = volume(foreground)
+        exact = refine_volume([net], image, prior, whole(prior), PATCH, OPTIONS)
+        monkeypatch.setattr(refine, "mixed_precision", lambda d: torch.autocast(d.type, torch.bfloat16))
+        rounded = refine_volume([net], image, prior, whole(prior), PATCH, OPTIONS)
+        found, wanted = (foreground.probabilities(x.logits[None]) for x in (rounded, exact))
+        assert rounded.logits.dtype == torch.float32
+        assert not torch.equal(found, wanted)
+        torch.testing.assert_close(found, wanted, atol=0.03, rtol=0)
+        different = foreground.decide(rounded.logits[None]) != foreground.decide(exact.logits[None])
+        assert different.float().mean() < 0.01
 
 
 class TestOneWindow:
