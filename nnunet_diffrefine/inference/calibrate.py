@@ -87,7 +87,7 @@ class Plan:
     def made_from(self, fold: int, case: str) -> dict[str, Any]:
         """All that a stored case depends on."""
         return {
-            "format": 2, "checkpoint": self.checkpoints[fold], "prior": self.manifest.cases[case].sha256,
+            "format": 3, "checkpoint": self.checkpoints[fold], "prior": self.manifest.cases[case].sha256,
             "region": asdict(self.region), "sampling": asdict(self.model.network.sampling),
             "reference": self.references[case],
         }  # fmt: skip
