@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, ClassVar
 from nnunet_diffrefine.config import BLOCK
 from nnunet_diffrefine.demo.small_plans import CONFIGURATION, shrink
 from nnunet_diffrefine.paths import SPLITS, StageOneId
+from nnunet_diffrefine.stage_one.manifest import write_atomically
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,4 @@ class WorkingFolder:
 
 def write_json(file: Path, content: object) -> None:
     """Write a file atomically."""
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2))
-    os.replace(temporary, file)
+    write_atomically(file, json.dumps(content, indent=2).encode())
